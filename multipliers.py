@@ -72,8 +72,8 @@ def relaxation_steps(lr: float, weight_decay: float) -> float:
 
 
 def rotation_per_step(lr: float, weight_decay: float, *, beta: float = 0.9) -> float:
-    """Sine of the angle by which W turns per step at equilibrium: lr U / RMS(W) less momentum's part
-    along W. It is the effective learning rate: for small steps the angle itself in radians, and
+    """Sine of the angle by which W turns per step at equilibrium: lr U / RMS(W), less momentum's
+    part along W. It is the effective learning rate: for small steps the angle itself in radians, and
     sqrt(2 eta lambda (1 - beta) / (1 + beta)). Muon turns a fifth faster, for the reason above.
     Source: Kosson et al. 2305.17212; Wen et al. 2606.16899 (exact in eta lambda)."""
     a = 1 - lr * weight_decay
