@@ -1,0 +1,798 @@
+"""Train a small GPT with learnable multipliers on real text, on whatever machine this is.
+
+    python train.py                          # Python's standard library as text: no download
+    python train.py --multipliers none       # the baseline: same batches, same initial weights
+    python train.py --optimizer muon         # Muon for the matrices inside the blocks
+    python train.py --data my_book.txt       # your own text: a file, a folder, or token shards
+    python train.py --sample runs/vector-adamw-s0 --prompt "def main("
+
+To be read from top to bottom: settings, text to tokens, measuring, which parameter is trained how,
+the loop, the files of a run, what it shows at the end, the command line. The subject of this
+repository is in "which parameter is trained how": the matrices are decayed, the multipliers are
+left out of that decay and out of the norm that clips the gradient.
+"""
+import argparse
+import base64
+import csv
+import hashlib
+import http.client
+import json
+import math
+import os
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+import typing
+import urllib.request
+import zlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import rustbpe
+import tiktoken
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from model import CHOICES, GPT, GPTConfig
+from multipliers import MULTIPLIERS, is_multiplier, merge
+from muon import Muon
+
+HERE = Path(__file__).parent
+DATA = HERE / "data"          # prepared text, shared by all runs
+RUNS = HERE / "runs"          # a folder for each run: checkpoint, logs, settings, picture
+
+
+class UserError(Exception):
+    """Something the user can mend: the command line prints one sentence and exits with code 2."""
+
+
+# ---------------------------------------------------------------- settings
+
+def setting(default, help, choices=None, group=None):
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. Each field is also a flag of the command line."""
+    preset: str = setting("auto", "cpu, gpu (larger), or auto: by the device",
+                          ("auto", "cpu", "gpu"), "what to train on")
+    data: str = setting("stdlib", "stdlib (Python's own source), shakespeare (downloads 1 MB), a "
+                        "text file, a folder of text files, a token shard or a folder of shards")
+    vocabulary: int = setting(4096, "tokens to learn from a text; 257 for single bytes")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    seed: int = setting(0, "of the initial weights, the batches and the sample")
+    out: str | None = setting(None, "folder of the run (default: a new one in runs/)")
+    n_layer: int = setting(4, "blocks", group="model")
+    n_head: int = setting(4, "attention heads")
+    n_embd: int = setting(128, "width of the residual stream")
+    block_size: int = setting(128, "context, in tokens")
+    multipliers: str = setting("vector", "what the matrices carry", CHOICES["multipliers"])
+    placement: str = setting("all", "which matrices carry it", CHOICES["placement"])
+    final_gain: str = setting("vector", "the final RMSNorm gain, which is the head's multiplier",
+                              CHOICES["final_gain"])
+    block_gains: str = setting("vector", "the RMSNorm gains in the blocks", CHOICES["block_gains"])
+    optimizer: str = setting("adamw", "for the matrices inside the blocks", ("adamw", "muon"),
+                             "optimization")
+    steps: int = setting(1500, "optimizer steps")
+    batch_size: int = setting(8, "sequences in a forward pass")
+    grad_accumulation: int = setting(1, "forward passes in a step")
+    lr: float | None = setting(None, "peak lr of all but the multipliers (default: as tuned)")
+    weight_decay: float = setting(0.1, "of all matrices but the embedding")
+    multiplier_lr: float | None = setting(None, "peak lr of the multipliers (default: as tuned)")
+    multiplier_weight_decay: float = setting(2e-3, "only to hold symmetric pairs (paper, 4.1)")
+    head_norm_scale: float = setting(1.0, "S: lr * S and weight decay / S for the head (paper, 3)")
+    mlp_norm_scale: float = setting(1.0, "S: the same for gate, up and down (paper, App. B)")
+    grad_clip: float = setting(1.0, "largest gradient norm, multipliers left out; 0 for no limit")
+    clip_multipliers: bool = setting(False, "count them after all, to see the harm (paper, 4.3)")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    decay_fraction: float = setting(0.2, "last part of the run, in which the lr falls to 0")
+    eval_interval: int = setting(250, "steps between evaluations; each is followed by a checkpoint",
+                                 group="watching")
+    eval_windows: int = setting(256, "windows of validation text, the same every time")
+    log_interval: int = setting(10, "steps between rows of log.csv")
+    norm_interval: int = setting(50, "steps between rows of norms.csv: RMS of W, W_eff, ...")
+
+
+# Config's defaults are the cpu preset; this is what a GPU changes (about nanoGPT's small model)
+PRESETS = {"cpu": {}, "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
+                              "batch_size": 32, "steps": 1200}}
+# Peak lrs by optimizer, tuned by the sweep in README.md. Muon's is scaled to AdamW's update size
+LR = {"adamw": 4e-3, "muon": 4e-3}
+MULTIPLIER_LR = {"adamw": 4e-4, "muon": 4e-4}
+
+
+def resolve(config: Config) -> Config:
+    """The same with the open lrs filled in. Raises UserError for values that no run can have."""
+    positive = ("steps", "batch_size", "grad_accumulation", "eval_interval", "eval_windows",
+                "log_interval", "norm_interval", "lr", "multiplier_lr", "head_norm_scale",
+                "mlp_norm_scale")
+    for f in fields(config):
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        choices, least = f.metadata["choices"], "positive" if f.name in positive else "0 or more"
+        if choices and value not in choices:
+            raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+        if isinstance(value, (int, float)) and not (
+                0 <= value < math.inf and (value > 0 or f.name not in positive)):
+            raise UserError(f"{flag} must be {least}, not {value}")
+    if config.seed >= 2 ** 63:
+        raise UserError(f"--seed must be below 2^63, not {config.seed}")
+    if not 257 <= config.vocabulary <= 65536:                        # tokens are stored as uint16
+        raise UserError(f"--vocabulary must be 257 (the bytes and {END}) to 65536, "
+                        f"not {config.vocabulary}")
+    return replace(config, lr=config.lr or LR[config.optimizer],
+                   multiplier_lr=config.multiplier_lr or MULTIPLIER_LR[config.optimizer])
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        probe = torch.ones(1, device=name)
+        probe.item()                                                 # "meta" cannot
+        return probe.device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}")
+
+
+# ---------------------------------------------------------------- text to tokens
+
+END = "<|endoftext|>"         # stands before every document; the last token of a vocabulary
+# GPT-2's way of cutting text into words before merging bytes, in tiktoken's faster spelling
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+MAGIC, VERSION, HEADER = 20240520, 1, 1024       # llm.c's shards: 1 KB of header, then uint16
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+# Parts of the standard library that are data, or that some installations lack
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings",
+              "lib2to3", "idlelib", "turtledemo", "pydoc_data", "ensurepip"}
+
+
+def write_whole(path: Path, write) -> None:
+    """Call write(temporary path), then rename: a crash leaves the old file or the new one."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    header = np.zeros(HEADER // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, memory-mapped. Raises UserError if the file is something else."""
+    header = np.fromfile(path, dtype="<i4", count=HEADER // 4)
+    if len(header) < HEADER // 4 or tuple(header[:2]) != (MAGIC, VERSION):
+        raise UserError(f"{path} is not a token shard (llm.c's, which begins with {MAGIC}): give "
+                        "--data a folder without such .bin files, or a folder of shards")
+    if path.stat().st_size != HEADER + 2 * int(header[2]):
+        raise UserError(f"{path} is cut short or damaged: its header promises {header[2]} tokens")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER, shape=(int(header[2]),))
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> str:
+    """Byte-pair merges learned from the texts, as lines `base64(bytes) rank`, tiktoken's format."""
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size=vocabulary - 1, pattern=PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    return "".join(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks)
+
+
+def load_tokenizer(lines: str) -> tiktoken.Encoding | None:
+    """lines as train_tokenizer wrote them, or "gpt2" (None where that cannot be fetched)."""
+    if lines == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")                     # downloads 1.5 MB once
+        except OSError:                                              # requests' errors are OSErrors
+            print("GPT-2's vocabulary cannot be fetched: no bits per byte and no sample")
+            return None
+    pairs = (line.split() for line in lines.splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    return tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
+
+
+def find_files(root: Path, stdlib: bool) -> dict[str, Path]:
+    """Name -> path of every file below root, hidden ones left out; or root itself if it is one."""
+    if root.is_file():
+        return {root.name: root}
+    names = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*"))}
+    return {name: path for name, path in names.items() if path.is_file()
+            and not any(part.startswith(".") for part in name.split("/"))
+            and not (stdlib and (not name.endswith(".py") or NOT_STDLIB & set(name.split("/"))
+                                 or path.name.startswith("_sysconfigdata") or "config-" in name))}
+
+
+def split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Train and validation texts. A tenth of the files, chosen by their names alone, so that a new
+    file moves no other; where there are fewer than ten, the last tenth of each."""
+    val = [name for name in documents
+           if zlib.crc32(name.encode("utf-8", "surrogateescape")) % 10 == 0]
+    if len(documents) >= 10 and 0 < len(val) < len(documents):
+        return ([text for name, text in documents.items() if name not in val],
+                [documents[name] for name in val])
+    cuts = [(text, len(text) * 9 // 10) for text in documents.values()]
+    return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+
+
+def prepare(files: dict[str, Path], folder: Path, label: str, vocabulary: int) -> None:
+    """Tokenizer, train.bin, val.bin and about.json in `folder`, which appears when all is done."""
+    documents, skipped = {}, []
+    for name, path in files.items():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            text = "\0"
+        if "\0" in text:                                             # a binary file
+            skipped.append(name)
+        else:
+            documents[name] = text
+    if not any(text.strip() for text in documents.values()):
+        raise UserError(f"{label} holds no UTF-8 text to train on")
+    train, val = split(documents)
+    lines = train_tokenizer(train, vocabulary)
+    tokenizer = load_tokenizer(lines)
+    about = {"text": label, "files": len(documents), "skipped": skipped,
+             "bytes": sum(len(text.encode("utf-8")) for text in documents.values()),
+             "sha256": hashlib.sha256("\0".join(documents.values()).encode("utf-8")).hexdigest()}
+    DATA.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=DATA, prefix=".partial-") as partial:
+        made = Path(partial, "made")
+        made.mkdir()
+        (made / "tokenizer.tiktoken").write_text(lines, encoding="utf-8")
+        for part, texts in (("train", train), ("val", val)):
+            tokens = np.array([token for ids in tokenizer.encode_ordinary_batch(texts)
+                               for token in (tokenizer.eot_token, *ids)])
+            write_shard(made / f"{part}.bin", tokens)
+            about[part] = len(tokens)
+        (made / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if not folder.exists():                                      # another run may be faster
+            made.rename(folder)
+
+
+def download(url: str, sha256: str, path: Path) -> None:
+    print(f"downloading {url}")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            content = reply.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} cannot be downloaded ({error}): fetch it another way and give the "
+                        "file to --data")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{url} is not what it used to be: its SHA-256 differs")
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, lambda partial: partial.write_bytes(content))
+
+
+def locate(data: str, vocabulary: int) -> Path:
+    """The shard, or the folder of shards, for --data. New text is prepared first."""
+    root, label = Path(data), data
+    if data == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        label = f"standard library of Python {sys.version.split()[0]}"
+    elif data == "shakespeare":
+        root = DATA / "shakespeare.txt"
+        if not root.exists():
+            download(*SHAKESPEARE, root)
+    elif not root.exists():
+        raise UserError(f"--data {data}: there is no such file or folder")
+    if root.suffix == ".bin" or any(root.glob("*.bin")):
+        return root
+    files = find_files(root, data == "stdlib")
+    # Names, sizes and times tell whether the text has changed, without reading it
+    listing = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in files.items()]
+    key = hashlib.sha256(repr((listing, vocabulary)).encode("utf-8")).hexdigest()[:10]
+    folder = DATA / f"{'stdlib' if data == 'stdlib' else root.resolve().stem}-{key}"
+    if not folder.exists():
+        print(f"preparing {label}")
+        prepare(files, folder, label, vocabulary)
+    return folder
+
+
+def describe(folder: Path) -> str:
+    """What `prepare` made of a text, in a line or two."""
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    line = (f"text: {about['text']}, {about['files']} files, {about['bytes']:,} bytes, "
+            f"{about['train']:,} + {about['val']:,} tokens (train + val), "
+            f"sha256 {about['sha256'][:12]}")
+    if about["skipped"]:
+        line += (f"\nleft out, not UTF-8 text: {len(about['skipped'])} files, "
+                 f"{', '.join(about['skipped'][:5])}{', ...' * (len(about['skipped']) > 5)}")
+    return line
+
+
+class Corpus:
+    """Train and val: lists of shards. `windows` cuts block_size + 1 tokens out of them."""
+
+    def __init__(self, data: str, block_size: int, vocabulary: int = 4096):
+        self.block_size, path = block_size, locate(data, vocabulary)
+        self.about = describe(path) if (path / "about.json").is_file() else f"shards: {data}"
+        paths = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+        val = [read_shard(p) for p in paths if "val" in p.name]
+        train = [read_shard(p) for p in paths if "val" not in p.name]
+        if train and not val:                                        # keep the end for validation
+            cut = len(train[-1]) * 9 // 10
+            train[-1], val = train[-1][:cut], [train[-1][cut:]]
+        self.shards = {"train": train, "val": val}
+        self.starts = {}                         # windows up to the end of each shard
+        for part, shards in self.shards.items():
+            counts = [len(shard) - block_size for shard in shards] or [0]
+            if min(counts) < 1:
+                raise UserError(f"{data} is too short: its {part} part has fewer than the "
+                                f"{block_size + 1} tokens of one window (--block-size + 1)")
+            self.starts[part] = np.cumsum(counts)
+        own = path / "tokenizer.tiktoken"
+        self.lines = own.read_text(encoding="utf-8") if own.is_file() else "gpt2"
+        self.tokenizer = load_tokenizer(self.lines)
+        self.vocab_size = self.tokenizer.n_vocab if self.tokenizer else 50257
+        # Bytes behind each token, to turn nats per token into bits per byte; END stands for none
+        self.token_bytes = self.tokenizer and np.array([
+            len(self.tokenizer.decode_single_token_bytes(t)) * (t != self.tokenizer.eot_token)
+            for t in range(self.vocab_size)])
+
+    def windows(self, part: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [B, T], int64, of the windows at these starts."""
+        rows = []
+        for start in starts:
+            i = int(np.searchsorted(self.starts[part], start, side="right"))
+            first = int(start) - (int(self.starts[part][i - 1]) if i else 0)
+            rows.append(self.shards[part][i][first:first + self.block_size + 1])
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if tokens.max() >= self.vocab_size:
+            raise UserError(f"a shard holds token {tokens.max()}, the vocabulary {self.vocab_size} "
+                            "tokens: put the tokenizer.tiktoken of the shards beside them")
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def train_batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        starts = torch.randint(int(self.starts["train"][-1]), (batch_size,), generator=generator)
+        return self.windows("train", starts.numpy())
+
+    def val_batches(self, batch_size: int, count: int):
+        """Evenly spaced windows, the same at every call, as many as fit side by side."""
+        total = int(self.starts["val"][-1])
+        count = min(count, (total - 1) // self.block_size + 1)
+        starts = np.arange(count) * ((total - 1) // max(1, count - 1))
+        for i in range(0, count, batch_size):
+            yield self.windows("val", starts[i:i + batch_size])
+
+
+# ---------------------------------------------------------------- measuring
+
+def autocast(device: torch.device):
+    """bf16 matmuls on GPUs that have them (compute capability 8.0 on), fp32 everywhere else."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: GPT, corpus: Corpus, config: Config, device: torch.device) -> dict[str, float]:
+    """Over the fixed validation windows: nats per token, bits per byte, RMS of the logits."""
+    nats = squares = tokens = n_bytes = 0.0
+    for x, y in corpus.val_batches(config.batch_size, config.eval_windows):
+        with autocast(device):
+            logits, loss = model(x.to(device), y.to(device))
+        nats += loss.item() * y.numel()
+        squares += logits.float().square().mean().item() * y.numel()
+        tokens += y.numel()
+        n_bytes += 0 if corpus.token_bytes is None else int(corpus.token_bytes[y.numpy()].sum())
+    return {"val_loss": nats / tokens, "logit_rms": math.sqrt(squares / tokens),
+            "val_bits": nats / math.log(2) / n_bytes if n_bytes else math.nan}
+
+
+@torch.no_grad()
+def norms(model: GPT, step: int) -> list[dict]:
+    """The RMS of every matrix W, its W_eff and its multipliers, and of every gain."""
+    def rms(x: Tensor) -> float:
+        return x.float().square().mean().sqrt().item()
+    rows = []
+    for name, module in model.named_modules():
+        if hasattr(module, "effective_weight"):
+            rows.append({"step": step, "name": name, "W": rms(module.weight),
+                         "W_eff": rms(module.effective_weight()),
+                         **{m: rms(getattr(module, m)) for m in MULTIPLIERS
+                            if getattr(module, m) is not None}})
+        elif getattr(module, "gain", None) is not None:
+            rows.append({"step": step, "name": name, "gain": rms(module.gain)})
+    return rows
+
+
+# ---------------------------------------------------------------- which parameter is trained how
+
+def parameter_groups(model: GPT, config: Config) -> list[dict]:
+    """Every parameter in exactly one group: pattern, params, optimizer, lr, weight decay, and
+    whether it counts in the clip norm. The embedding and the gains are not decayed.
+
+    S of the norm experiments multiplies a group's lr and divides its weight decay: that moves the
+    equilibrium norm sqrt(lr / 2 wd) by S and keeps the effective lr sqrt(lr wd) (paper, section 3).
+    """
+    S_mlp, S_head = config.mlp_norm_scale, config.head_norm_scale
+    lr, wd, matrices = config.lr, config.weight_decay, config.optimizer
+    kinds = {
+        "attn": ("blocks.*.attn.*.weight", matrices, lr, wd),
+        "mlp": ("blocks.*.mlp.*.weight", matrices, lr * S_mlp, wd / S_mlp),
+        "head": ("head.weight", "adamw", lr * S_head, wd / S_head),
+        "embedding": ("embedding.weight", "adamw", lr, 0.0),
+        "gain": ("*.gain", "adamw", lr, 0.0),
+        # 1-D and 0-D, so never Muon's; an lr of their own, since nothing holds their random walk
+        "multiplier": ("*.scalar, *.row, *.column", "adamw",
+                       config.multiplier_lr, config.multiplier_weight_decay)}
+    members = {kind: [] for kind in kinds}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        kind = ("multiplier" if is_multiplier(name) else "gain" if parts[-1] == "gain" else
+                parts[2] if parts[0] == "blocks" else parts[0])
+        members[kind].append(parameter)
+    groups = [{"kind": kind, "pattern": pattern, "params": members[kind], "optimizer": optimizer,
+               "lr": lr, "initial_lr": lr, "weight_decay": wd, "clip": kind != "multiplier"}
+              for kind, (pattern, optimizer, lr, wd) in kinds.items() if members[kind]]
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed)) and set(listed) == {id(p) for p in model.parameters()}
+    return groups
+
+
+def print_groups(groups: list[dict]) -> None:
+    print(f"{'parameters':<27}{'tensors':>8}{'numbers':>12}  {'optimizer':<10}{'lr':>9}{'decay':>9}"
+          "  in clip norm")
+    for g in groups:
+        numbers = sum(p.numel() for p in g["params"])
+        print(f"{g['pattern']:<27}{len(g['params']):>8}{numbers:>12,}  {g['optimizer']:<10}"
+              f"{g['lr']:>9.2g}{g['weight_decay']:>9.2g}  {'yes' if g['clip'] else 'no'}")
+
+
+def make_optimizers(groups: list[dict], device: torch.device) -> list[torch.optim.Optimizer]:
+    adamw = [group for group in groups if group["optimizer"] == "adamw"]
+    muon = [group for group in groups if group["optimizer"] == "muon"]
+    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=device.type != "mps")]
+    return optimizers + [Muon(muon)] if muon else optimizers
+
+
+def schedule(step: int, steps: int, warmup_steps: int, decay_fraction: float) -> float:
+    """Warm-up, stable, decay: the factor on every group's own lr in this step (counted from 0)."""
+    left = (steps - step) / max(1, round(steps * decay_fraction))
+    return min(1.0, (step + 1) / (warmup_steps + 1), left)
+
+
+def clip_gradients(groups: list[dict], config: Config) -> tuple[Tensor, Tensor]:
+    """Shrink the gradient to grad_clip; return its norm without and with the multipliers.
+
+    A multiplier's gradient is a sum over a whole row of W: at the start the multipliers would
+    dominate the norm and shrink everybody's step, so they are not counted (paper, 4.3). The factor
+    does not touch them either, where the paper is silent: what is not measured is not clipped.
+    """
+    clipped = [p for g in groups if g["clip"] or config.clip_multipliers for p in g["params"]]
+    norm, norm_with = (torch.nn.utils.get_total_norm(
+        [p.grad for g in groups if g["clip"] or everyone for p in g["params"]])
+        for everyone in (False, True))
+    if config.grad_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(clipped, config.grad_clip,
+                                             norm_with if config.clip_multipliers else norm)
+    return norm, norm_with
+
+
+# ---------------------------------------------------------------- the loop
+
+def build(config: Config, vocab_size: int) -> GPT:
+    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
+    try:
+        return GPT(GPTConfig(vocab_size, **shape), config.seed)
+    except ValueError as error:
+        raise UserError(str(error))
+
+
+def train(config: Config, resume: str | None = None, stop: Event | None = None,
+          quiet: bool = False) -> dict:
+    """Train; return {"config", "step", "log", "norms", "final"}: log and norms are lists of rows as
+    in the files of a run, final is the last evaluation.
+
+    Files are written only where config.out says. resume: the checkpoint to go on from. stop: once
+    it is set, the run ends after the step under way, with a checkpoint. Raises UserError.
+    """
+    config, device = resolve(config), pick_device(config.device)
+    corpus = Corpus(config.data, config.block_size, config.vocabulary)
+    model = build(config, corpus.vocab_size).to(device)
+    groups = parameter_groups(model, config)
+    optimizers = make_optimizers(groups, device)
+    # Batches have a generator of their own, from which evaluation draws nothing
+    batches = torch.Generator().manual_seed(config.seed)
+    step, history, saved_at = 0, {"log": [], "norms": []}, None
+    if resume:
+        step, history = restore(resume, model, optimizers, batches, corpus)
+        saved_at = f"{resume} (step {step})"
+        if step >= config.steps:
+            raise UserError(f"{resume} is complete at step {step}: --steps can make it longer")
+    if not quiet:
+        print(corpus.about)
+        print_groups(groups)
+    if config.out:                           # now, not after the first hour
+        try:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {config.out} cannot be a folder: {error.strerror}")
+    tokens_per_step = config.batch_size * config.grad_accumulation * config.block_size
+    clock, clock_step, stopped = time.perf_counter(), step, False
+    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True,
+               disable=quiet or None)                                # None: only on a terminal
+
+    while step < config.steps and not stopped:
+        factor = schedule(step, config.steps, config.warmup_steps, config.decay_fraction)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * factor               # each group keeps its own peak
+        train_loss = 0.0
+        for _ in range(config.grad_accumulation):
+            x, y = corpus.train_batch(config.batch_size, batches)
+            with autocast(device):
+                _, loss = model(x.to(device), y.to(device))
+            (loss / config.grad_accumulation).backward()
+            train_loss += loss.detach() / config.grad_accumulation
+        norm, norm_with = clip_gradients(groups, config)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        bar.update()
+
+        stopped = stop is not None and stop.is_set()
+        last = step == config.steps or stopped
+        if step % config.norm_interval == 0 or last:
+            history["norms"] += norms(model, step)
+        evaluated = step % config.eval_interval == 0 or last
+        if not evaluated and step % config.log_interval:
+            continue
+        now = time.perf_counter()                                    # evaluation is not timed
+        row = {"step": step, "loss": float(train_loss), "lr": config.lr * factor,
+               "grad_norm": float(norm), "grad_norm_with_multipliers": float(norm_with),
+               "tokens_per_second": (step - clock_step) * tokens_per_step / (now - clock)}
+        if evaluated:
+            row |= evaluate(model, corpus, config, device)
+        if not math.isfinite(row["loss"] + row["grad_norm"] + row.get("val_loss", 0)):
+            bar.close()
+            raise UserError(f"the loss is not a finite number any more at step {step}; last good "
+                            f"checkpoint: {saved_at or 'none yet'}; try a lower --lr")
+        history["log"].append(row)
+        bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:,.0f}")
+        if evaluated and not quiet:
+            bar.write(f"step {step:>6}: val loss {row['val_loss']:.4f} nats/token, "
+                      f"{row['val_bits']:.4f} bits/byte", file=sys.stdout)
+        if evaluated and config.out:
+            path = save(config, corpus, history, step, model, optimizers, batches)
+            saved_at = f"{path} (step {step})"
+        clock, clock_step = time.perf_counter(), step
+    bar.close()
+    return {"config": asdict(config), "step": step, **history,
+            "final": {key: row[key] for key in ("val_loss", "val_bits", "logit_rms")}}
+
+
+# ---------------------------------------------------------------- the files of a run
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save(config, corpus, history, step, model, optimizers, batches) -> Path:
+    """config.json, log.csv, norms.csv and checkpoint.pt: each whole, or as it was before."""
+    folder = Path(config.out)
+    settings = json.dumps(asdict(config), indent=1)
+    write_whole(folder / "config.json", lambda p: p.write_text(settings, encoding="utf-8"))
+    write_whole(folder / "log.csv", lambda p: write_csv(p, history["log"]))
+    write_whole(folder / "norms.csv", lambda p: write_csv(p, history["norms"]))
+    checkpoint = {"config": asdict(config), "shape": asdict(model.config), "step": step,
+                  "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                  "batches": batches.get_state(), "history": history,
+                  "tokenizer": corpus.lines}
+    write_whole(folder / "checkpoint.pt", lambda p: torch.save(checkpoint, p))
+    return folder / "checkpoint.pt"
+
+
+def load(path: str) -> tuple[Path, dict]:
+    """The file and the content of a checkpoint, named by itself or by its run's folder."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: there is no checkpoint")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved["config"], saved["shape"], saved["model"], saved["tokenizer"]
+        asdict(Config(**saved["config"])), GPTConfig(**saved["shape"])
+    except Exception:                        # torch.load fails in many ways on other files
+        raise UserError(f"{file} is damaged, or not a checkpoint of this program")
+    return file, saved
+
+
+def restore(path: str, model: GPT, optimizers: list, batches: torch.Generator, corpus: Corpus):
+    """Put everything back to where the checkpoint was written; return its step and history."""
+    _, saved = load(path)
+    if "optimizers" not in saved:
+        raise UserError(f"{path} is merged: without its multipliers it cannot be trained further")
+    if saved["tokenizer"] != corpus.lines:                           # a fingerprint of the text
+        raise UserError(f"{path} was trained on another text (other files, or another Python)")
+    if saved["shape"] != asdict(model.config) or len(saved["optimizers"]) != len(optimizers):
+        raise UserError(f"{path} has another shape: resume it with the model, the multipliers and "
+                        "the optimizer that it began with")
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        groups = optimizer.state_dict()["param_groups"]              # lr and decay as asked now
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    batches.set_state(saved["batches"])
+    return saved["step"], saved["history"]
+
+
+def rebuild(saved: dict) -> GPT:
+    """The model of a checkpoint."""
+    model = GPT(GPTConfig(**saved["shape"]))
+    model.load_state_dict(saved["model"])
+    return model
+
+
+def write_merged(path: str) -> Path:
+    """Beside the checkpoint, merged.pt: its multipliers folded into its matrices. An ordinary
+    Llama-type model, which GPT(multipliers="none") reads."""
+    file, saved = load(path)
+    merged = {"config": saved["config"], "tokenizer": saved["tokenizer"],
+              "shape": saved["shape"] | {"multipliers": "none"},
+              "model": merge(rebuild(saved)).state_dict()}
+    write_whole(file.with_name("merged.pt"), lambda p: torch.save(merged, p))
+    return file.with_name("merged.pt")
+
+
+# ---------------------------------------------------------------- what a run shows at its end
+
+def sample(model: GPT, lines: str, prompt: str, seed: int, new_tokens: int = 120) -> str:
+    """Text that begins with the prompt; `lines` is the tokenizer."""
+    tokenizer, device = load_tokenizer(lines), next(model.parameters()).device
+    if tokenizer is None:
+        return "(no sample without GPT-2's vocabulary)"
+    start = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return tokenizer.decode(model.generate(start, new_tokens, generator=generator)[0, 1:].tolist())
+
+
+def learned_scales(history: dict) -> dict[str, float]:
+    """RMS(W_eff) / RMS(W) of every matrix with multipliers, at the end of the run."""
+    end = history["norms"][-1]["step"]
+    return {row["name"]: row["W_eff"] / row["W"] for row in history["norms"]
+            if row["step"] == end and any(m in row for m in MULTIPLIERS)}
+
+
+def draw(history: dict, path: Path) -> None:
+    """The run in one picture: its losses, and where the matrices' norms went."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = history["log"]
+    left.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.7, label="one batch")
+    rows = [r for r in rows if "val_loss" in r]
+    left.plot([r["step"] for r in rows], [r["val_loss"] for r in rows], "o-", label="validation")
+    left.set(xlabel="step", ylabel="loss (nats per token)")
+    left.legend()
+    end = history["norms"][-1]["step"]
+    for kind in ("q", "k", "v", "out", "gate", "up", "down"):
+        rows = [r for r in history["norms"] if r["step"] == end and r["name"].endswith(f".{kind}")]
+        line, = right.plot([r["W_eff"] for r in rows], "o-", ms=4, label=kind)
+        right.plot([r["W"] for r in rows], "--", lw=0.8, color=line.get_color())
+    right.set(xlabel="block", ylabel="RMS of W_eff (points) and of W (dashed)")
+    right.legend(ncols=2, fontsize="small")
+    figure.savefig(path, dpi=120, format="png")
+
+
+# ---------------------------------------------------------------- the command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def make_parser() -> Parser:
+    """A flag for each field of Config, and the commands that do not train."""
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
+    hints = typing.get_type_hints(Config)
+    for f in fields(Config):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]   # float of float | None
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        if f.metadata["choices"]:
+            how["choices"] = f.metadata["choices"]
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        group.add_argument("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS,
+                           **how)
+    group = parser.add_argument_group("other commands (CHECKPOINT: the file, or the run's folder)")
+    group.add_argument("--resume", metavar="CHECKPOINT", help="go on with a run that was stopped")
+    group.add_argument("--sample", metavar="CHECKPOINT", help="write text with a trained model")
+    group.add_argument("--prompt", default="", metavar="TEXT", help="how a sample begins")
+    group.add_argument("--merge", metavar="CHECKPOINT", help="write merged.pt beside it: the "
+                       "multipliers folded into the matrices, an ordinary model")
+    return parser
+
+
+def configure(flags: dict, resume: str | None) -> Config:
+    """Flags override the preset, or the settings of the run that is resumed."""
+    if resume:
+        file, saved = load(resume)
+        known = saved["config"] | {"out": str(file.parent)}
+    else:
+        preset = flags.get("preset", "auto")
+        if preset == "auto":
+            preset = "gpu" if pick_device(flags.get("device", "auto")).type == "cuda" else "cpu"
+        known = PRESETS[preset]
+    config = Config(**(known | flags))
+    if config.out is None:                                           # a folder that no run has used
+        name = f"{config.multipliers}-{config.optimizer}-s{config.seed}"
+        config.out = str(RUNS / name)
+        if Path(config.out).exists():
+            config.out = str(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    elif Path(config.out, "checkpoint.pt").exists() and not (
+            resume and Path(config.out).resolve() == file.parent.resolve()):
+        raise UserError(f"{config.out} holds a run: go on with it by --resume {config.out}, or "
+                        "choose another --out")
+    return config
+
+
+def train_command(config: Config, resume: str | None, prompt: str) -> None:
+    began, stop = time.perf_counter(), Event()
+
+    def finish_step(*_):                 # the first Ctrl-C: save after this step; the second: abort
+        stop.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.signal(signal.SIGINT, finish_step)
+    try:
+        result = train(config, resume, stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if result["step"] < config.steps:
+        print(f"stopped after step {result['step']} of {config.steps} and saved; to go on: "
+              f"python train.py --resume {config.out}")
+        return
+    scales = learned_scales(result)
+    ranked = sorted(scales, key=scales.get)
+    if ranked:
+        print("learned scales RMS(W_eff) / RMS(W): down most "
+              + ", ".join(f"{name} {scales[name]:.2f}" for name in ranked[:3]) + "; up most "
+              + ", ".join(f"{name} {scales[name]:.2f}" for name in ranked[:-4:-1]))
+    write_whole(Path(config.out, "run.png"), lambda partial: draw(result, partial))
+    _, saved = load(config.out)
+    text = sample(rebuild(saved), saved["tokenizer"], prompt, config.seed)
+    print(f"a sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
+    print(f"saved in {config.out}: checkpoint.pt, log.csv, norms.csv, config.json, run.png; "
+          f"{time.perf_counter() - began:.0f} s in all")
+    print(f"final: val loss {result['final']['val_loss']:.4f} nats/token, "
+          f"{result['final']['val_bits']:.4f} bits/byte")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        flags = vars(make_parser().parse_args(arguments))
+        resume, path, prompt, merging = map(flags.pop, ("resume", "sample", "prompt", "merge"))
+        if merging:
+            print(f"wrote {write_merged(merging)}")
+        elif path:
+            _, saved = load(path)
+            model = rebuild(saved).to(pick_device(flags.get("device", "auto")))
+            print(sample(model, saved["tokenizer"], prompt, flags.get("seed", 0)))
+        else:
+            train_command(configure(flags, resume), resume, prompt)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")     # a terminal without Unicode still gets a sample
+    sys.exit(main())
