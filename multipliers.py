@@ -37,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernel
+
 # ---------------------------------------------------------------- the law
 
 
@@ -73,7 +75,7 @@ def relaxation_steps(lr: float, weight_decay: float) -> float:
 
 def rotation_per_step(lr: float, weight_decay: float, *, beta: float = 0.9) -> float:
     """Sine of the angle by which W turns per step at equilibrium: lr U / RMS(W), less momentum's
-    part along W. It is the effective learning rate: for small steps the angle itself in radians, and
+    part along W. It is the effective learning rate: for small steps the angle itself (radians), and
     sqrt(2 eta lambda (1 - beta) / (1 + beta)). Muon turns a fifth faster, for the reason above.
     Source: Kosson et al. 2305.17212; Wen et al. 2606.16899 (exact in eta lambda)."""
     a = 1 - lr * weight_decay
@@ -143,15 +145,24 @@ class MultiplierLinear(_Multipliers):
     The weight is scaled, not the activations: W has in * out entries, while x and y have
     tokens * (in + out), some hundred times more in a real batch.
     scale: the fixed forward multiplier of muP, or where the learned scalar starts.
+    After `use_kernel` the product and autocast's cast are one pass over W (kernel.py).
     Raises ValueError if both a scalar and row/column multipliers are asked for.
     """
 
     def __init__(self, in_features: int, out_features: int, *, scalar: bool = False,
                  row: bool = False, column: bool = False, scale: float = 1.0):
         super().__init__(out_features, in_features, scalar, row, column, scale)
+        self.kernel = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.effective_weight())
+        if not self.kernel:
+            return F.linear(x, self.effective_weight())
+        device, rows, columns = x.device.type, *self.weight.shape
+        row = self.weight.new_ones(rows) if self.row is None else self.row
+        column = self.weight.new_ones(columns) if self.column is None else self.column
+        dtype = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
+                 else self.weight.dtype)                   # what the matmul will want
+        return F.linear(x, kernel.scale(self.weight, self.factor() * row, column, dtype))
 
     def merge(self) -> nn.Linear:
         """A plain layer with W_eff as its weight."""
@@ -193,6 +204,13 @@ def merge(model: nn.Module) -> nn.Module:
             setattr(module, name, plain(child))
         return module
     return plain(copy.deepcopy(model))
+
+
+def use_kernel(model: nn.Module) -> None:
+    """Let every linear layer that has multipliers compute W_eff by kernel.py from now on."""
+    for module in model.modules():
+        if isinstance(module, MultiplierLinear):
+            module.kernel = any(getattr(module, name) is not None for name in MULTIPLIERS)
 
 
 def is_multiplier(parameter_name: str) -> bool:

@@ -40,8 +40,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+import kernel
 from model import CHOICES, GPT, GPTConfig
-from multipliers import MULTIPLIERS, is_multiplier, merge
+from multipliers import MULTIPLIERS, is_multiplier, merge, use_kernel
 from muon import Muon
 
 HERE = Path(__file__).parent
@@ -79,6 +80,7 @@ class Config:
     final_gain: str = setting("vector", "the final RMSNorm gain, which is the head's multiplier",
                               CHOICES["final_gain"])
     block_gains: str = setting("vector", "the RMSNorm gains in the blocks", CHOICES["block_gains"])
+    scale_kernel: bool = setting(False, "compute W_eff by the CUDA kernel of kernel.py; needs nvcc")
     optimizer: str = setting("adamw", "for the matrices inside the blocks", ("adamw", "muon"),
                              "optimization")
     steps: int = setting(1500, "optimizer steps")
@@ -372,11 +374,15 @@ class Corpus:
 
 # ---------------------------------------------------------------- measuring
 
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that have it (compute capability 8.0 on), fp32 everywhere else."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def autocast(device: torch.device):
-    """bf16 matmuls on GPUs that have them (compute capability 8.0 on), fp32 everywhere else."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
+    dtype = matmul_dtype(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 @torch.no_grad()
@@ -494,6 +500,16 @@ def build(config: Config, vocab_size: int) -> GPT:
         raise UserError(str(error))
 
 
+def attach_kernel(model: GPT, device: torch.device) -> None:
+    """Compute W_eff by kernel.py. It is compiled here, where a missing compiler is one sentence."""
+    use_kernel(model)
+    try:
+        if device.type == "cuda":
+            kernel.library(matmul_dtype(device))
+    except RuntimeError as error:
+        raise UserError(str(error))
+
+
 def train(config: Config, resume: str | None = None, stop: Event | None = None,
           quiet: bool = False) -> dict:
     """Train; return {"config", "step", "log", "norms", "final"}: log and norms are lists of rows as
@@ -505,6 +521,8 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
     config, device = resolve(config), pick_device(config.device)
     corpus = Corpus(config.data, config.block_size, config.vocabulary)
     model = build(config, corpus.vocab_size).to(device)
+    if config.scale_kernel:
+        attach_kernel(model, device)
     groups = parameter_groups(model, config)
     optimizers = make_optimizers(groups, device)
     # Batches have a generator of their own, from which evaluation draws nothing
