@@ -4,8 +4,8 @@ A decoder-only transformer, bottom up: RMSNorm, rotary positions, causal attenti
 GPT. There are no biases, no dropout and no tied weights, so with multipliers="none" it is a
 Llama-type model, and so is every trained model after `multipliers.merge`.
 
-Multipliers enter at three places, each marked with [LRM]: the seven matrices of a block and the
-embedding (through `matrix` below), and the RMSNorm gain, a column multiplier that was always there.
+Multipliers enter at three places, each marked with [LRM]: the seven matrices of a block (through
+`matrix` below), the embedding, and the RMSNorm gain, a column multiplier that was always there.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D = C / H, V vocabulary.
 """
@@ -108,8 +108,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), with 8/3 C hidden units: as many weights as the two
-    matrices C x 4C of GPT-2."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), with 8/3 C hidden units: about as many weights as
+    the two matrices C x 4C of GPT-2."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()

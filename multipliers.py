@@ -1,8 +1,9 @@
 """Learnable multipliers: first the problem, then the cure (arXiv 2601.04890).
 
-THE PROBLEM. Write an optimizer step with decoupled weight decay as
+THE PROBLEM. Let eta be the learning rate, lambda the weight decay, and RMS(W) the root of the mean
+of W_ij^2. Write an optimizer step with decoupled weight decay as
 
-    W <- a W - eta u,    a = 1 - eta lambda,    u = the update, RMS(u) = U per entry.
+    W <- a W - eta u,    a = 1 - eta lambda,    u = the update, U = RMS(u).
 
 If the gradient is mostly noise, u has no lasting direction: E[u] = 0, and momentum makes two
 updates k steps apart correlated as beta^k. W is then a sum of old updates, W = -eta sum_k a^k
@@ -11,22 +12,26 @@ u_{t-1-k}, so E[u W] = -eta beta U^2 / (1 - a beta) for each entry, and one step
     a^2 RMS(W)^2 - 2 a eta E[u W] + eta^2 U^2
         = a^2 RMS(W)^2 + eta^2 U^2 (1 + a beta) / (1 - a beta).                               (*)
 
-Noise adds a constant, decay removes a fraction: they balance at the fixed point of (*). Adam has
-U^2 = (1 - beta) / (1 + beta), which cancels momentum's factor; for small eta lambda what is left is
+Noise adds a constant, decay removes a fraction: they balance at the fixed point of (*). On pure
+noise Adam's u is a running mean of numbers of variance 1, so that U^2 = (1 - beta) / (1 + beta):
+this cancels momentum's factor, and for small eta lambda what is left is
 
-    RMS(W) = sqrt(eta / (2 lambda))                                              (paper, eq. 1)
+    RMS(W) = sqrt(eta / (2 lambda))                       (paper, eq. 1, up to the constant)
 
-whatever the data, the layer and its initial scale. The paper calls this a harmful artifact: the
-network cannot choose the scale of its own matrices.
+whatever the data, the layer and its initial scale, as long as noise outweighs signal. The paper
+calls this a harmful artifact: the network cannot choose the scale of its own matrices.
 
-THE CURE. Give the scale its own parameters, which weight decay does not hold (paper, eq. 2 and 3):
+THE CURE. Give the scale its own parameters, which weight decay hardly touches (paper, eq. 2, 3):
 
     W_eff = s W    (scalar)    or    W_eff = diag(r) W diag(c)    (vector; r per row, c per column).
 
-W [out, in] stays at its equilibrium; s, r [out], c [in] are free. Their gradients, with
-G = dL/dW_eff [out, in], are sums over many entries (paper, eq. 4), so noise averages out in them:
+W [out, in] stays at its equilibrium; s, r [out], c [in] are free. Their gradients are sums over
+many entries of G = dL/dW_eff [out, in] (paper, eq. 4):
 
     dW_ij = r_i c_j G_ij    dr_i = sum_j W_ij c_j G_ij    dc_j = sum_i r_i W_ij G_ij    ds = <W, G>
+
+If G has a component along W, a row's signal-to-noise ratio is sqrt(in) times that of one entry, and
+a scalar's sqrt(in out) times. (A multiplier without any signal would still walk at random in Adam.)
 
 After training W_eff is an ordinary matrix: `merge` writes it down, and inference costs nothing.
 """
@@ -48,12 +53,12 @@ def equilibrium_rms(lr: float, weight_decay: float, *, beta: float = 0.9,
 
     beta is the momentum and update_rms the RMS of one entry of u (before lr):
       AdamW              beta = beta1     None: sqrt((1 - beta) / (1 + beta)); with beta2 = 0.95 it
-                         is 1 % less
+                         and RMS(W) are 1 to 1.5 % less
       SGD                beta = 0         sigma, the RMS of the gradient noise
       SGD with momentum  beta             sigma / sqrt(1 - beta^2), with decoupled decay
       Muon               beta = momentum  0.17 as measured (Newton–Schulz stops short of 0.2). Its
                          updates decorrelate faster than beta^k, so that the truth is up to a
-                         quarter lower: 0.8 to 0.9 of small_step_rms
+                         quarter lower: 0.8 to 0.95 of small_step_rms, depending on the shape
     Source: (*), after Kosson et al. 2305.17212 and Wen et al. 2606.16899.
     """
     if update_rms is None:
@@ -63,20 +68,20 @@ def equilibrium_rms(lr: float, weight_decay: float, *, beta: float = 0.9,
 
 
 def small_step_rms(lr: float, weight_decay: float) -> float:
-    """The same for AdamW when eta lambda -> 0: sqrt(eta / 2 lambda), the paper's eq. 1 with its
-    constant. SGD with sigma = 1 has the same limit."""
+    """Its limit for AdamW as eta lambda -> 0: sqrt(eta / 2 lambda). The paper's eq. 1 is the same
+    without the 2; the constant is Kosson's. SGD with sigma = 1 has the same limit."""
     return math.sqrt(lr / (2 * weight_decay))
 
 
 def relaxation_steps(lr: float, weight_decay: float) -> float:
-    """Steps in which RMS(W)^2 comes e times closer to equilibrium: a^2t = exp(-t / (this))."""
+    """Steps in which RMS(W)^2 comes e times closer to equilibrium: a^(2t) ~ exp(-t / this)."""
     return 1 / (2 * lr * weight_decay)
 
 
 def rotation_per_step(lr: float, weight_decay: float, *, beta: float = 0.9) -> float:
     """Sine of the angle by which W turns per step at equilibrium: lr U / RMS(W), less momentum's
     part along W. It is the effective learning rate: for small steps the angle itself (radians), and
-    sqrt(2 eta lambda (1 - beta) / (1 + beta)). Muon turns a fifth faster, for the reason above.
+    sqrt(2 eta lambda (1 - beta) / (1 + beta)). Muon turns 15 to 30 % faster, for the reason above.
     Source: Kosson et al. 2305.17212; Wen et al. 2606.16899 (exact in eta lambda)."""
     a = 1 - lr * weight_decay
     return math.sqrt((1 - a * a) * (1 - beta * beta)) / (1 + a * beta)
@@ -85,7 +90,9 @@ def rotation_per_step(lr: float, weight_decay: float, *, beta: float = 0.9) -> f
 def width_factors(recipe: str, kind: str, width: int, base_width: int) -> tuple[float, ...]:
     """(lr factor, weight-decay factor, forward scale) that carry settings from base_width to width.
 
-    The output of y = s W x, x in R^d, is |y| ~ s d RMS(W), with RMS(W) ~ sqrt(eta / lambda): so
+    muP (maximal update parametrization) is the theory of such rules. The output of y = s W x, x in
+    R^d, has RMS |y| ~ s d RMS(W) if W and x stay equally aligned at every width (without alignment,
+    sqrt(d)), and RMS(W) ~ sqrt(eta / lambda): so
     s d sqrt(eta / lambda) and the relative update sqrt(eta lambda) must not depend on d. kind:
     embedding, hidden or head. Source: paper, Table 1.
     """
@@ -143,9 +150,10 @@ class MultiplierLinear(_Multipliers):
     """y [..., out] = x [..., in] W_eff^T, without a bias.
 
     The weight is scaled, not the activations: W has in * out entries, while x and y have
-    tokens * (in + out), some hundred times more in a real batch.
+    tokens * (in + out): 16 times as many in train.py's default run, 1000 times in a large one.
     scale: the fixed forward multiplier of muP, or where the learned scalar starts.
-    After `use_kernel` the product and autocast's cast are one pass over W (kernel.py).
+    After `use_kernel` the product and the cast to the matmul's dtype (bf16 under autocast) are one
+    pass over W (kernel.py).
     Raises ValueError if both a scalar and row/column multipliers are asked for.
     """
 
@@ -220,11 +228,13 @@ def is_multiplier(parameter_name: str) -> bool:
 
 # ---------------------------------------------------------------- which matrix gets which
 
-# Some pairs of multipliers do the same thing, so that only their product is determined and the two
-# can drift apart: row of q and row of k (the scores see the product of each rotary pair), row of
-# up and column of down, row of v and column of out, an RMSNorm gain and the column of the matrix
-# behind it. The symmetry-free placement keeps one of each pair (paper, Appendix C). The paper
-# itself trains the full set, for its lower loss, and holds the drift by a weight decay of 2e-3.
+# Some multipliers are redundant: only a product of two matters, so the two can drift apart. Row of
+# q and row of k (each rotary pair as a whole), row of up and column of down, row of v and column of
+# out, an RMSNorm gain and the columns of the matrices behind it. The symmetry-free placement keeps
+# one of each (paper, Appendix C). Two redundancies remain even there: one number between the row
+# and the column of the same matrix, and the scale of the whole residual stream, which RMSNorm
+# ignores. The paper itself trains the full set, for its lower loss, and holds the drift by a weight
+# decay of 2e-3.
 SYMMETRY_FREE = {
     "q": ("row",), "k": (), "v": (), "out": ("row", "column"),
     "gate": ("row",), "up": (), "down": ("row", "column"),

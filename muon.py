@@ -18,10 +18,12 @@ its entries sum to that number: its RMS is 1/sqrt(max(out, in)), falling with wi
   "original"         lr * sqrt(max(1, out/in)): Jordan's, for lr near 0.02. torch's default (None).
 For a 384x384 matrix, lr = 1e-3 with the first is lr = 3.9e-3 with the second.
 
-Equilibrium. Decay is p *= 1 - lr*wd with the lr BEFORE adjustment. So decay and update RMS are both
-AdamW's, and gradient noise holds W at nearly AdamW's norm: on pure noise with lr*wd = 0.004, RMS(W)
-is 0.8-1.0 of sqrt(lr / 2wd) (tests/test_muon.py). Muon changes the direction of the step, not the
-fact that the optimizer sets the norm of W; a learnable multiplier frees it under either.
+Equilibrium. Decay is p *= 1 - lr*wd with the lr BEFORE adjustment, as AdamW's. The norm at which
+noise then holds W goes as U sqrt((1 + momentum) / (1 - momentum)), U the RMS of an update
+(multipliers.py): 1 for AdamW, and for Muon 0.17 * 6.2 = 1.06, since its longer memory makes up for
+its smaller update. Measured on pure noise: 0.86 and 0.96 of AdamW's norm (tests/test_muon.py). Muon
+changes the direction of the step, not the fact that the optimizer sets the norm of W; a learnable
+multiplier frees it under either.
 
 Not for embeddings and the head (2-D too, so no check can stop you), biases, gains, multipliers and
 convolutions: AdamW trains those. Split a fused QKV matrix first: it is three maps, not one.

@@ -8,8 +8,8 @@
 
 To be read from top to bottom: settings, text to tokens, measuring, which parameter is trained how,
 the loop, the files of a run, what it shows at the end, the command line. The subject of this
-repository is in "which parameter is trained how": the matrices are decayed, the multipliers are
-left out of that decay and out of the norm that clips the gradient.
+repository is in "which parameter is trained how": the multipliers have an lr and a (fifty times
+smaller) weight decay of their own, and do not count in the norm that clips the gradient.
 """
 import argparse
 import base64
@@ -106,7 +106,7 @@ class Config:
 # Config's defaults are the cpu preset; this is what a GPU changes (about nanoGPT's small model)
 PRESETS = {"cpu": {}, "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
                               "batch_size": 32, "steps": 1200}}
-# Peak lrs by optimizer, tuned by the sweep in README.md. Muon's is scaled to AdamW's update size
+# Peak lrs by optimizer, from the sweep in README.md, made with the cpu preset (gpu: not yet tuned)
 LR = {"adamw": 4e-3, "muon": 4e-3}
 MULTIPLIER_LR = {"adamw": 4e-4, "muon": 4e-4}
 
@@ -638,7 +638,7 @@ def restore(path: str, model: GPT, optimizers: list, batches: torch.Generator, c
     _, saved = load(path)
     if "optimizers" not in saved:
         raise UserError(f"{path} is merged: without its multipliers it cannot be trained further")
-    if saved["tokenizer"] != corpus.lines:                           # a fingerprint of the text
+    if saved["tokenizer"] != corpus.lines:                           # another text has others
         raise UserError(f"{path} was trained on another text (other files, or another Python)")
     if saved["shape"] != asdict(model.config) or len(saved["optimizers"]) != len(optimizers):
         raise UserError(f"{path} has another shape: resume it with the model, the multipliers and "
