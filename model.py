@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.rms_norm(x, (self.dim,), eps=1e-6)
-        return y if self.gain is None else y * self.gain.to(y.dtype)
+        return y if self.gain is None else y * self.gain
 
 
 def rotary_table(block_size: int, dim: int) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,7 @@ def merge(model: nn.Module) -> nn.Module:
     """A copy of the model with plain layers and the same function (up to rounding).
 
     RMSNorm gains stay where they are: a gain is already a column multiplier of the matrices that
-    read it, and every Llama-type model has it.
+    read it, and every Llama-type model has it. A GPT's config is copied as it is.
     """
     def plain(module: nn.Module) -> nn.Module:
         if isinstance(module, _Multipliers):
@@ -251,13 +251,10 @@ def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, boo
     matrix: a key of SYMMETRY_FREE or "head"; multipliers: none | scalar | vector;
     placement: all | symmetry_free | mlp (gate, up and down only: the paper's MLP experiment).
     """
-    if placement == "symmetry_free":
-        chosen = SYMMETRY_FREE.get(matrix, ())
-    elif placement == "mlp":
-        chosen = ("row", "column") if matrix in ("gate", "up", "down") else ()
-    else:
-        chosen = ("row", "column") if matrix in SYMMETRY_FREE else ()
-    if multipliers == "scalar":            # one scalar wherever there would be a vector
-        return {"scalar": bool(chosen), "row": False, "column": False}
-    on = multipliers == "vector"
-    return {"scalar": False, "row": on and "row" in chosen, "column": on and "column" in chosen}
+    both = ("row", "column")
+    chosen = {"all": both if matrix in SYMMETRY_FREE else (),
+              "symmetry_free": SYMMETRY_FREE.get(matrix, ()),
+              "mlp": both if matrix in ("gate", "up", "down") else ()}[placement]
+    learned = {"none": (), "vector": chosen,
+               "scalar": ("scalar",) if chosen else ()}[multipliers]   # one for row and column
+    return {name: name in learned for name in MULTIPLIERS}

@@ -61,7 +61,7 @@ def ns_dtype(device):
     the rounding (about 1%) is small beside the singular values' own distance from 1. Elsewhere bf16
     may be emulated, hence slow.
     """
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -124,6 +124,8 @@ def resolve(config: Config) -> Config:
         if isinstance(value, (int, float)) and not (
                 0 <= value < math.inf and (value > 0 or f.name not in positive)):
             raise UserError(f"{flag} must be {least}, not {value}")
+    if config.decay_fraction > 1:
+        raise UserError(f"--decay-fraction must be at most 1, not {config.decay_fraction}")
     if config.seed >= 2 ** 63:
         raise UserError(f"--seed must be below 2^63, not {config.seed}")
     if not 257 <= config.vocabulary <= 65536:                        # tokens are stored as uint16
@@ -451,13 +453,14 @@ def parameter_groups(model: GPT, config: Config) -> list[dict]:
     return groups
 
 
-def print_groups(groups: list[dict]) -> None:
+def print_groups(groups: list[dict], config: Config) -> None:
     print(f"{'parameters':<27}{'tensors':>8}{'numbers':>12}  {'optimizer':<10}{'lr':>9}{'decay':>9}"
           "  in clip norm")
     for g in groups:
         numbers = sum(p.numel() for p in g["params"])
         print(f"{g['pattern']:<27}{len(g['params']):>8}{numbers:>12,}  {g['optimizer']:<10}"
-              f"{g['lr']:>9.2g}{g['weight_decay']:>9.2g}  {'yes' if g['clip'] else 'no'}")
+              f"{g['lr']:>9.2g}{g['weight_decay']:>9.2g}  "
+              f"{'yes' if g['clip'] or config.clip_multipliers else 'no'}")
 
 
 def make_optimizers(groups: list[dict], device: torch.device) -> list[torch.optim.Optimizer]:
@@ -480,13 +483,13 @@ def clip_gradients(groups: list[dict], config: Config) -> tuple[Tensor, Tensor]:
     dominate the norm and shrink everybody's step, so they are not counted (paper, 4.3). The factor
     does not touch them either, where the paper is silent: what is not measured is not clipped.
     """
-    clipped = [p for g in groups if g["clip"] or config.clip_multipliers for p in g["params"]]
-    norm, norm_with = (torch.nn.utils.get_total_norm(
-        [p.grad for g in groups if g["clip"] or everyone for p in g["params"]])
-        for everyone in (False, True))
+    others = [p for g in groups if g["clip"] for p in g["params"]]
+    everyone = [p for g in groups for p in g["params"]]
+    norm, norm_with = (torch.nn.utils.get_total_norm([p.grad for p in some])
+                       for some in (others, everyone))
     if config.grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(clipped, config.grad_clip,
-                                             norm_with if config.clip_multipliers else norm)
+        clipped, total = (everyone, norm_with) if config.clip_multipliers else (others, norm)
+        torch.nn.utils.clip_grads_with_norm_(clipped, config.grad_clip, total)
     return norm, norm_with
 
 
@@ -535,7 +538,7 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
             raise UserError(f"{resume} is complete at step {step}: --steps can make it longer")
     if not quiet:
         print(corpus.about)
-        print_groups(groups)
+        print_groups(groups, config)
     if config.out:                           # now, not after the first hour
         try:
             Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -552,9 +555,10 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
             group["lr"] = group["initial_lr"] * factor               # each group keeps its own peak
         train_loss = 0.0
         for _ in range(config.grad_accumulation):
-            x, y = corpus.train_batch(config.batch_size, batches)
+            x, y = (t.to(device, non_blocking=device.type == "cuda")    # the CPU need not wait
+                    for t in corpus.train_batch(config.batch_size, batches))
             with autocast(device):
-                _, loss = model(x.to(device), y.to(device))
+                _, loss = model(x, y)
             (loss / config.grad_accumulation).backward()
             train_loss += loss.detach() / config.grad_accumulation
         norm, norm_with = clip_gradients(groups, config)
@@ -571,15 +575,15 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
         evaluated = step % config.eval_interval == 0 or last
         if not evaluated and step % config.log_interval:
             continue
-        now = time.perf_counter()                                    # evaluation is not timed
         row = {"step": step, "loss": float(train_loss), "lr": config.lr * factor,
-               "grad_norm": float(norm), "grad_norm_with_multipliers": float(norm_with),
-               "tokens_per_second": (step - clock_step) * tokens_per_step / (now - clock)}
+               "grad_norm": float(norm), "grad_norm_with_multipliers": float(norm_with)}
+        seconds = time.perf_counter() - clock    # float() has waited for the GPU
+        row["tokens_per_second"] = (step - clock_step) * tokens_per_step / seconds
         if evaluated:
             row |= evaluate(model, corpus, config, device)
         if not math.isfinite(row["loss"] + row["grad_norm"] + row.get("val_loss", 0)):
             bar.close()
-            raise UserError(f"the loss is not a finite number any more at step {step}; last good "
+            raise UserError(f"the loss is not a finite number any more by step {step}; last good "
                             f"checkpoint: {saved_at or 'none yet'}; try a lower --lr")
         history["log"].append(row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:,.0f}")
@@ -703,7 +707,8 @@ def draw(history: dict, path: Path) -> None:
         rows = [r for r in history["norms"] if r["step"] == end and r["name"].endswith(f".{kind}")]
         line, = right.plot([r["W_eff"] for r in rows], "o-", ms=4, label=kind)
         right.plot([r["W"] for r in rows], "--", lw=0.8, color=line.get_color())
-    right.set(xlabel="block", ylabel="RMS of W_eff (points) and of W (dashed)")
+    right.set(xlabel="block", xticks=range(history["config"]["n_layer"]),
+              ylabel="RMS of W_eff (points) and of W (dashed)")
     right.legend(ncols=2, fontsize="small")
     figure.savefig(path, dpi=120, format="png")
 
@@ -780,8 +785,8 @@ def train_command(config: Config, resume: str | None, prompt: str) -> None:
     scales = learned_scales(result)
     ranked = sorted(scales, key=scales.get)
     if ranked:
-        print("learned scales RMS(W_eff) / RMS(W): down most "
-              + ", ".join(f"{name} {scales[name]:.2f}" for name in ranked[:3]) + "; up most "
+        print("learned scales RMS(W_eff) / RMS(W): smallest "
+              + ", ".join(f"{name} {scales[name]:.2f}" for name in ranked[:3]) + "; largest "
               + ", ".join(f"{name} {scales[name]:.2f}" for name in ranked[:-4:-1]))
     write_whole(Path(config.out, "run.png"), lambda partial: draw(result, partial))
     _, saved = load(config.out)

@@ -151,8 +151,8 @@ def test_zero_gradient_gives_zero_update(dtype):
 
 def test_half_precision_on_capable_gpus_only(monkeypatch):
     """Newton–Schulz runs in bf16 on a GPU with bf16 tensor cores and in fp32 everywhere else."""
-    for capable, cuda_dtype in [(True, torch.bfloat16), (False, torch.float32)]:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capable)
+    for capability, cuda_dtype in [((8, 0), torch.bfloat16), ((7, 5), torch.float32)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert muon.ns_dtype(torch.device("cuda")) == cuda_dtype
         for elsewhere in ("cpu", "mps"):
             assert muon.ns_dtype(torch.device(elsewhere)) == torch.float32
