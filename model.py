@@ -182,7 +182,10 @@ class GPT(nn.Module):
         logits = self.head(self.final_norm(x))                         # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        # The loss is what one differentiates: these logits are for looking at, and detached, or a
+        # compiled backward pass would read a gradient of zeros for them, as large as they are
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits.detach(), loss
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, new_tokens: int, *, temperature: float = 0.8,
