@@ -4,6 +4,8 @@
     python train.py --multipliers none       # the baseline: same batches, same initial weights
     python train.py --optimizer muon         # Muon for the matrices inside the blocks
     python train.py --data my_book.txt       # your own text: a file, a folder, or token shards
+    python train.py --preset gpt2 --data fineweb                     # GPT-2's size, on a GPU
+    torchrun --nproc_per_node=8 train.py --preset gpt2 --data fineweb    # the same run on eight
     python train.py --sample runs/vector-adamw-s0 --prompt "def main("
 
 To be read from top to bottom: settings, text to tokens, measuring, which parameter is trained how,
@@ -27,18 +29,29 @@ import time
 import typing
 import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from threading import Event
+from typing import Callable
 
 import numpy as np
 import rustbpe
 import tiktoken
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:           # Windows
+    resource = None
 
 import kernel
 from model import CHOICES, GPT, GPTConfig
@@ -48,6 +61,9 @@ from muon import Muon
 HERE = Path(__file__).parent
 DATA = HERE / "data"          # prepared text, shared by all runs
 RUNS = HERE / "runs"          # a folder for each run: checkpoint, logs, settings, picture
+# torchrun tells each of its processes which of how many it is; without it we are number 0 of 1
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 class UserError(Exception):
@@ -63,10 +79,11 @@ def setting(default, help, choices=None, group=None):
 @dataclass
 class Config:
     """Every setting of a run. Each field is also a flag of the command line."""
-    preset: str = setting("auto", "cpu, gpu (larger), or auto: by the device",
-                          ("auto", "cpu", "gpu"), "what to train on")
-    data: str = setting("stdlib", "stdlib (Python's own source), shakespeare (downloads 1 MB), a "
-                        "text file, a folder of text files, a token shard or a folder of shards")
+    preset: str = setting("auto", "cpu, gpu (larger), auto: by the device; gpt2: for fineweb",
+                          ("auto", "cpu", "gpu", "gpt2"), "what to train on")
+    data: str = setting("stdlib", "stdlib (Python's own source), shakespeare (downloads 1 MB), "
+                        "fineweb (200 MB for 10^8 tokens, as many as the run needs), a text file, "
+                        "a folder of text files, a token shard or a folder of shards")
     vocabulary: int = setting(4096, "tokens to learn from a text; 257 for single bytes")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     seed: int = setting(0, "of the initial weights, the batches and the sample")
@@ -81,11 +98,13 @@ class Config:
                               CHOICES["final_gain"])
     block_gains: str = setting("vector", "the RMSNorm gains in the blocks", CHOICES["block_gains"])
     scale_kernel: bool = setting(False, "compute W_eff by the CUDA kernel of kernel.py; needs nvcc")
+    compile: bool = setting(False, "torch.compile the model: a minute first, faster steps after")
     optimizer: str = setting("adamw", "for the matrices inside the blocks", ("adamw", "muon"),
                              "optimization")
     steps: int = setting(1500, "optimizer steps")
-    batch_size: int = setting(8, "sequences in a forward pass")
-    grad_accumulation: int = setting(1, "forward passes in a step")
+    batch_size: int = setting(8, "sequences in a forward pass, on each GPU")
+    tokens_per_step: int | None = setting(None, "tokens in a step, over as many forward passes and "
+                                          "GPUs as it takes (default: one forward pass on each)")
     lr: float | None = setting(None, "peak lr of all but the multipliers (default: as tuned)")
     weight_decay: float = setting(0.1, "of all matrices but the embedding")
     multiplier_lr: float | None = setting(None, "peak lr of the multipliers (default: as tuned)")
@@ -103,9 +122,16 @@ class Config:
     norm_interval: int = setting(50, "steps between rows of norms.csv: RMS of W, W_eff, ...")
 
 
-# Config's defaults are the cpu preset; this is what a GPU changes (about nanoGPT's small model)
-PRESETS = {"cpu": {}, "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
-                              "batch_size": 32, "steps": 1200}}
+# Config's defaults are the cpu preset; this is what a GPU changes (about nanoGPT's small model).
+# gpt2: GPT-2's blocks, 85M parameters, and the settings with which others reach a loss of 3.28 on
+# FineWeb, in our units (README.md); compiling pays in a run of an hour.
+PRESETS = {"cpu": {},
+           "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 32,
+                   "steps": 1200},
+           "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024,
+                    "batch_size": 32, "tokens_per_step": 2 ** 19, "steps": 4000,
+                    "optimizer": "muon", "weight_decay": 0.3, "decay_fraction": 0.7,
+                    "eval_windows": 10240, "compile": True}}
 # Peak lrs by optimizer, from the sweep in README.md, made with the cpu preset (gpu: not yet tuned)
 LR = {"adamw": 4e-3, "muon": 4e-3}
 MULTIPLIER_LR = {"adamw": 4e-4, "muon": 4e-4}
@@ -113,9 +139,9 @@ MULTIPLIER_LR = {"adamw": 4e-4, "muon": 4e-4}
 
 def resolve(config: Config) -> Config:
     """The same with the open lrs filled in. Raises UserError for values that no run can have."""
-    positive = ("steps", "batch_size", "grad_accumulation", "eval_interval", "eval_windows",
-                "log_interval", "norm_interval", "lr", "multiplier_lr", "head_norm_scale",
-                "mlp_norm_scale")
+    positive = ("steps", "batch_size", "block_size", "tokens_per_step", "eval_interval",
+                "eval_windows", "log_interval", "norm_interval", "lr", "multiplier_lr",
+                "head_norm_scale", "mlp_norm_scale")
     for f in fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
         choices, least = f.metadata["choices"], "positive" if f.name in positive else "0 or more"
@@ -131,14 +157,21 @@ def resolve(config: Config) -> Config:
     if not 257 <= config.vocabulary <= 65536:                        # tokens are stored as uint16
         raise UserError(f"--vocabulary must be 257 (the bytes and {END}) to 65536, "
                         f"not {config.vocabulary}")
+    at_once = config.batch_size * config.block_size * WORLD
+    if (config.tokens_per_step or at_once) % at_once:
+        raise UserError(f"--tokens-per-step must be a multiple of {at_once} (--batch-size times "
+                        f"--block-size times GPUs), not {config.tokens_per_step}")
     return replace(config, lr=config.lr or LR[config.optimizer],
-                   multiplier_lr=config.multiplier_lr or MULTIPLIER_LR[config.optimizer])
+                   multiplier_lr=config.multiplier_lr or MULTIPLIER_LR[config.optimizer],
+                   tokens_per_step=config.tokens_per_step or at_once)
 
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"                                  # torchrun: to each its own
     try:
         probe = torch.ones(1, device=name)
         probe.item()                                                 # "meta" cannot
@@ -156,6 +189,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 MAGIC, VERSION, HEADER = 20240520, 1, 1024       # llm.c's shards: 1 KB of header, then uint16
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 # Parts of the standard library that are data, or that some installations lack
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings",
               "lib2to3", "idlelib", "turtledemo", "pydoc_data", "ensurepip"}
@@ -268,18 +302,51 @@ def prepare(files: dict[str, Path], folder: Path, label: str, vocabulary: int) -
             made.rename(folder)
 
 
-def download(url: str, sha256: str, path: Path) -> None:
+def download(url: str, path: Path, check: Callable[[Path], object]) -> None:
+    """Fetch url to path. What has come lies in a .partial file, where the next call goes on; `check`
+    raises UserError if it is not what it should be. Two at once write the same bytes: no harm."""
     print(f"downloading {url}")
+    partial = path.with_name(f".partial-{path.name}")
+    start = partial.stat().st_size - 1 if partial.exists() else 0    # at least a byte is to come
+    request = urllib.request.Request(url, headers={"Range": f"bytes={max(0, start)}-"})
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            content = reply.read()
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            with open(partial, "r+b") as file:
+                file.seek(start if reply.status == 206 else 0)       # 200: all of it, once more
+                with tqdm(total=reply.length and file.tell() + reply.length, initial=file.tell(),
+                          desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                    while chunk := reply.read(2 ** 20):
+                        bar.update(file.write(chunk))
+            if reply.length:
+                raise OSError(f"the connection broke {reply.length:,} bytes before the end")
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url} cannot be downloaded ({error}): fetch it another way and give the "
-                        "file to --data")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{url} is not what it used to be: its SHA-256 differs")
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, lambda partial: partial.write_bytes(content))
+        raise UserError(f"{url} cannot be downloaded ({error}): the same command goes on where "
+                        f"this one stopped; or fetch it another way, to {path}")
+    try:
+        check(partial)
+    except UserError as error:
+        partial.unlink()
+        raise UserError(f"{url} is not what it should be: {error}")
+    os.replace(partial, path)
+
+
+def check_shakespeare(path: Path) -> None:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE[1]:
+        raise UserError("its SHA-256 differs")
+
+
+def fineweb(tokens: int) -> list[Path]:
+    """The shards of FineWeb, in GPT-2's tokens, that a run over so many tokens needs: 10^8 tokens in
+    each, 103 for training and one for validation. Those that are not here yet are downloaded."""
+    shards = min(103, max(1, math.ceil(tokens / 10 ** 8)))
+    paths = [DATA / "fineweb10B" / f"fineweb_{name}.bin"
+             for name in ("val_000000", *(f"train_{i:06}" for i in range(1, shards + 1)))]
+    for path in paths:
+        if not path.exists():
+            download(FINEWEB + path.name, path, read_shard)
+    return paths
 
 
 def locate(data: str, vocabulary: int) -> Path:
@@ -291,7 +358,7 @@ def locate(data: str, vocabulary: int) -> Path:
     elif data == "shakespeare":
         root = DATA / "shakespeare.txt"
         if not root.exists():
-            download(*SHAKESPEARE, root)
+            download(SHAKESPEARE[0], root, check_shakespeare)
     elif not root.exists():
         raise UserError(f"--data {data}: there is no such file or folder")
     if root.suffix == ".bin" or any(root.glob("*.bin")):
@@ -322,12 +389,21 @@ def describe(folder: Path) -> str:
 class Corpus:
     """Train and val: lists of shards. `windows` cuts block_size + 1 tokens out of them."""
 
-    def __init__(self, data: str, block_size: int, vocabulary: int = 4096):
-        self.block_size, path = block_size, locate(data, vocabulary)
-        self.about = describe(path) if (path / "about.json").is_file() else f"shards: {data}"
-        paths = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    def __init__(self, data: str, block_size: int, vocabulary: int = 4096, tokens: int = 0):
+        """tokens: how many the run will see, which decides how much of fineweb it needs."""
+        self.block_size = block_size
+        if data == "fineweb":
+            paths = fineweb(tokens)
+        else:
+            path = locate(data, vocabulary)
+            paths = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+        folder = paths[0].parent
+        self.about = (describe(folder) if (folder / "about.json").is_file() else
+                      f"shards: {data}, {len(paths)} files")
         val = [read_shard(p) for p in paths if "val" in p.name]
         train = [read_shard(p) for p in paths if "val" not in p.name]
+        if data == "fineweb":                    # the field's validation text: its first 10 * 2^20
+            val = [val[0][:10 * 2 ** 20 + 1]]
         if train and not val:                                        # keep the end for validation
             cut = len(train[-1]) * 9 // 10
             train[-1], val = train[-1][:cut], [train[-1][cut:]]
@@ -339,14 +415,15 @@ class Corpus:
                 raise UserError(f"{data} is too short: its {part} part has fewer than the "
                                 f"{block_size + 1} tokens of one window (--block-size + 1)")
             self.starts[part] = np.cumsum(counts)
-        own = path / "tokenizer.tiktoken"
+        own = folder / "tokenizer.tiktoken"
         self.lines = own.read_text(encoding="utf-8") if own.is_file() else "gpt2"
         self.tokenizer = load_tokenizer(self.lines)
-        self.vocab_size = self.tokenizer.n_vocab if self.tokenizer else 50257
+        # GPT-2's 50257 rounded up: rows of 64 numbers suit a GPU, and no target is among the new
+        self.vocab_size = 50304 if self.lines == "gpt2" else self.tokenizer.n_vocab
         # Bytes behind each token, to turn nats per token into bits per byte; END stands for none
         self.token_bytes = self.tokenizer and np.array([
             len(self.tokenizer.decode_single_token_bytes(t)) * (t != self.tokenizer.eot_token)
-            for t in range(self.vocab_size)])
+            for t in range(self.tokenizer.n_vocab)])
 
     def windows(self, part: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets [B, T], int64, of the windows at these starts."""
@@ -355,15 +432,17 @@ class Corpus:
             i = int(np.searchsorted(self.starts[part], start, side="right"))
             first = int(start) - (int(self.starts[part][i - 1]) if i else 0)
             rows.append(self.shards[part][i][first:first + self.block_size + 1])
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        tokens = np.stack(rows)
         if tokens.max() >= self.vocab_size:
             raise UserError(f"a shard holds token {tokens.max()}, the vocabulary {self.vocab_size} "
                             "tokens: put the tokenizer.tiktoken of the shards beside them")
-        return tokens[:, :-1], tokens[:, 1:]
+        x, y = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+        return torch.from_numpy(x), torch.from_numpy(y)
 
-    def train_batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        starts = torch.randint(int(self.starts["train"][-1]), (batch_size,), generator=generator)
-        return self.windows("train", starts.numpy())
+    def train_batch(self, size: int, generator: torch.Generator, part=slice(None)):
+        """Random windows: of `size` that are drawn, those in this part."""
+        starts = torch.randint(int(self.starts["train"][-1]), (size,), generator=generator)
+        return self.windows("train", starts.numpy()[part])
 
     def val_batches(self, batch_size: int, count: int):
         """Evenly spaced windows, the same at every call, as many as fit side by side."""
@@ -372,6 +451,24 @@ class Corpus:
         starts = np.arange(count) * ((total - 1) // max(1, count - 1))
         for i in range(0, count, batch_size):
             yield self.windows("val", starts[i:i + batch_size])
+
+
+def prefetch(corpus: Corpus, config: Config, generator: torch.Generator, device: torch.device):
+    """For one step after the other: its batches, and the generator's state after them. A thread
+    reads those of the next step from the disk while this step computes."""
+    size = config.tokens_per_step // config.block_size
+
+    def read():                              # the same draw in every process, to each its share
+        pair = corpus.train_batch(size, generator, slice(RANK, None, WORLD))
+        if device.type == "cuda":            # from pinned memory a copy need not hold up the CPU
+            pair = [t.pin_memory() for t in pair]
+        return list(zip(*(t.split(config.batch_size) for t in pair))), generator.get_state()
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(read)
+        while True:
+            step = ahead.result()
+            ahead = thread.submit(read)
+            yield step
 
 
 # ---------------------------------------------------------------- measuring
@@ -387,17 +484,27 @@ def autocast(device: torch.device):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
+def add_up(*numbers: float) -> list[float]:
+    """The sum of each over all processes, which wait for each other here."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
 @torch.no_grad()
 def evaluate(model: GPT, corpus: Corpus, config: Config, device: torch.device) -> dict[str, float]:
     """Over the fixed validation windows: nats per token, bits per byte, RMS of the logits."""
     nats = squares = tokens = n_bytes = 0.0
-    for x, y in corpus.val_batches(config.batch_size, config.eval_windows):
-        with autocast(device):
-            logits, loss = model(x.to(device), y.to(device))
+    for x, y in islice(corpus.val_batches(config.batch_size, config.eval_windows),
+                       RANK, None, WORLD):                           # each process takes a share
+        with autocast(device):               # forward: not compiled, which would take a minute more
+            logits, loss = model.forward(x.to(device), y.to(device))
         nats += loss.item() * y.numel()
         squares += logits.float().square().mean().item() * y.numel()
         tokens += y.numel()
         n_bytes += 0 if corpus.token_bytes is None else int(corpus.token_bytes[y.numpy()].sum())
+    nats, squares, tokens, n_bytes = add_up(nats, squares, tokens, n_bytes)
     return {"val_loss": nats / tokens, "logit_rms": math.sqrt(squares / tokens),
             "val_bits": nats / math.log(2) / n_bytes if n_bytes else math.nan}
 
@@ -513,38 +620,97 @@ def attach_kernel(model: GPT, device: torch.device) -> None:
         raise UserError(str(error))
 
 
+def compile_model(model: GPT, config: Config, device: torch.device) -> None:
+    """torch.compile, tried at once on a batch of zeros, so that what it lacks is one sentence."""
+    model.compile()
+    zeros = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=device)
+    try:
+        with autocast(device):
+            _, loss = model(zeros, zeros)
+        loss.backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:               # many kinds: no C++ compiler, no Triton, an old GPU
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"torch.compile fails here ({reason}): --no-compile trains without it")
+    model.zero_grad()
+
+
+def peak_memory(device: torch.device) -> float:
+    """In GB: what the GPU's allocator gave at most; elsewhere, that of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e9 if sys.platform == "darwin" else 1e6) if resource else math.nan
+
+
+def train_step(parallel, batches: list[tuple[Tensor, Tensor]], groups: list[dict],
+               optimizers: list[torch.optim.Optimizer], config: Config, device: torch.device):
+    """One update from the gradient's mean over the batches. Returns the loss and both gradient
+    norms as tensors: nothing here asks the GPU for a number, so the CPU can run ahead of it."""
+    train_loss = 0.0
+    for i, (x, y) in enumerate(batches, 1):
+        if WORLD > 1:                        # one mean over the processes for all these batches
+            parallel.require_backward_grad_sync = i == len(batches)
+        x, y = (t.to(device, non_blocking=device.type == "cuda") for t in (x, y))
+        with autocast(device):
+            _, loss = parallel(x, y)
+        (loss / len(batches)).backward()
+        train_loss += loss.detach() / len(batches)
+    norm, norm_with = clip_gradients(groups, config)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return train_loss, norm, norm_with
+
+
 def train(config: Config, resume: str | None = None, stop: Event | None = None,
           quiet: bool = False) -> dict:
     """Train; return {"config", "step", "log", "norms", "final"}: log and norms are lists of rows as
     in the files of a run, final is the last evaluation.
 
     Files are written only where config.out says. resume: the checkpoint to go on from. stop: once
-    it is set, the run ends after the step under way, with a checkpoint. Raises UserError.
+    it is set, the run ends after the step under way (on several GPUs, after the next row of the
+    log), with a checkpoint. Raises UserError.
     """
     config, device = resolve(config), pick_device(config.device)
-    corpus = Corpus(config.data, config.block_size, config.vocabulary)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if LOCAL_RANK > 0:                       # the first process of a machine prepares the text
+        add_up(0)
+    corpus = Corpus(config.data, config.block_size, config.vocabulary,
+                    config.steps * config.tokens_per_step)
+    if LOCAL_RANK == 0:
+        add_up(0)
     model = build(config, corpus.vocab_size).to(device)
     if config.scale_kernel:
         attach_kernel(model, device)
+    if config.compile:
+        compile_model(model, config, device)
+    # Each process has the whole model and its own part of a batch; what DistributedDataParallel
+    # adds is the mean of their gradients. So all take the same step, Muon's too, and stay equal.
+    parallel = DistributedDataParallel(model) if WORLD > 1 else model
+    quiet = quiet or RANK > 0                # one of them talks and writes
+    out = config.out if RANK == 0 else None
     groups = parameter_groups(model, config)
     optimizers = make_optimizers(groups, device)
     # Batches have a generator of their own, from which evaluation draws nothing
-    batches = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     step, history, saved_at = 0, {"log": [], "norms": []}, None
     if resume:
-        step, history = restore(resume, model, optimizers, batches, corpus)
+        step, history = restore(resume, model, optimizers, generator, corpus)
         saved_at = f"{resume} (step {step})"
         if step >= config.steps:
             raise UserError(f"{resume} is complete at step {step}: --steps can make it longer")
     if not quiet:
         print(corpus.about)
         print_groups(groups, config)
-    if config.out:                           # now, not after the first hour
+    if out:                                  # now, not after the first hour
         try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
+            Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {config.out} cannot be a folder: {error.strerror}")
-    tokens_per_step = config.batch_size * config.grad_accumulation * config.block_size
+            raise UserError(f"--out {out} cannot be a folder: {error.strerror}")
+    steps = prefetch(corpus, config, generator, device)
     clock, clock_step, stopped = time.perf_counter(), step, False
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True,
                disable=quiet or None)                                # None: only on a terminal
@@ -553,32 +719,24 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
         factor = schedule(step, config.steps, config.warmup_steps, config.decay_fraction)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * factor               # each group keeps its own peak
-        train_loss = 0.0
-        for _ in range(config.grad_accumulation):
-            x, y = (t.to(device, non_blocking=device.type == "cuda")    # the CPU need not wait
-                    for t in corpus.train_batch(config.batch_size, batches))
-            with autocast(device):
-                _, loss = model(x, y)
-            (loss / config.grad_accumulation).backward()
-            train_loss += loss.detach() / config.grad_accumulation
-        norm, norm_with = clip_gradients(groups, config)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        batches, generator_state = next(steps)
+        loss, norm, norm_with = train_step(parallel, batches, groups, optimizers, config, device)
         step += 1
         bar.update()
 
-        stopped = stop is not None and stop.is_set()
-        last = step == config.steps or stopped
+        logged = step % config.log_interval == 0
+        if logged or WORLD == 1:             # several processes must agree to stop
+            stopped = add_up(stop is not None and stop.is_set())[0] > 0
+        last = stopped or step == config.steps
         if step % config.norm_interval == 0 or last:
             history["norms"] += norms(model, step)
         evaluated = step % config.eval_interval == 0 or last
-        if not evaluated and step % config.log_interval:
+        if not evaluated and not logged:
             continue
-        row = {"step": step, "loss": float(train_loss), "lr": config.lr * factor,
+        row = {"step": step, "loss": add_up(float(loss))[0] / WORLD, "lr": config.lr * factor,
                "grad_norm": float(norm), "grad_norm_with_multipliers": float(norm_with)}
         seconds = time.perf_counter() - clock    # float() has waited for the GPU
-        row["tokens_per_second"] = (step - clock_step) * tokens_per_step / seconds
+        row["tokens_per_second"] = (step - clock_step) * config.tokens_per_step / seconds
         if evaluated:
             row |= evaluate(model, corpus, config, device)
         if not math.isfinite(row["loss"] + row["grad_norm"] + row.get("val_loss", 0)):
@@ -590,8 +748,8 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
         if evaluated and not quiet:
             bar.write(f"step {step:>6}: val loss {row['val_loss']:.4f} nats/token, "
                       f"{row['val_bits']:.4f} bits/byte", file=sys.stdout)
-        if evaluated and config.out:
-            path = save(config, corpus, history, step, model, optimizers, batches)
+        if evaluated and out:
+            path = save(config, corpus, history, step, model, optimizers, generator_state)
             saved_at = f"{path} (step {step})"
         clock, clock_step = time.perf_counter(), step
     bar.close()
@@ -608,7 +766,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def save(config, corpus, history, step, model, optimizers, batches) -> Path:
+def save(config, corpus, history, step, model, optimizers, generator_state) -> Path:
     """config.json, log.csv, norms.csv and checkpoint.pt: each whole, or as it was before."""
     folder = Path(config.out)
     settings = json.dumps(asdict(config), indent=1)
@@ -617,8 +775,7 @@ def save(config, corpus, history, step, model, optimizers, batches) -> Path:
     write_whole(folder / "norms.csv", lambda p: write_csv(p, history["norms"]))
     checkpoint = {"config": asdict(config), "shape": asdict(model.config), "step": step,
                   "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                  "batches": batches.get_state(), "history": history,
-                  "tokenizer": corpus.lines}
+                  "batches": generator_state, "history": history, "tokenizer": corpus.lines}
     write_whole(folder / "checkpoint.pt", lambda p: torch.save(checkpoint, p))
     return folder / "checkpoint.pt"
 
@@ -637,7 +794,7 @@ def load(path: str) -> tuple[Path, dict]:
     return file, saved
 
 
-def restore(path: str, model: GPT, optimizers: list, batches: torch.Generator, corpus: Corpus):
+def restore(path: str, model: GPT, optimizers: list, generator: torch.Generator, corpus: Corpus):
     """Put everything back to where the checkpoint was written; return its step and history."""
     _, saved = load(path)
     if "optimizers" not in saved:
@@ -651,7 +808,7 @@ def restore(path: str, model: GPT, optimizers: list, batches: torch.Generator, c
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         groups = optimizer.state_dict()["param_groups"]              # lr and decay as asked now
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    batches.set_state(saved["batches"])
+    generator.set_state(saved["batches"])
     return saved["step"], saved["history"]
 
 
@@ -682,7 +839,8 @@ def sample(model: GPT, lines: str, prompt: str, seed: int, new_tokens: int = 120
         return "(no sample without GPT-2's vocabulary)"
     start = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    return tokenizer.decode(model.generate(start, new_tokens, generator=generator)[0, 1:].tolist())
+    tokens = model.generate(start, new_tokens, generator=generator)[0, 1:].tolist()
+    return tokenizer.decode([t for t in tokens if t < tokenizer.n_vocab])    # not the rounded-up
 
 
 def learned_scales(history: dict) -> dict[str, float]:
@@ -729,7 +887,7 @@ def make_parser() -> Parser:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]   # float of float | None
-        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if f.metadata["choices"]:
             how["choices"] = f.metadata["choices"]
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
@@ -774,10 +932,23 @@ def train_command(config: Config, resume: str | None, prompt: str) -> None:
         stop.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     before = signal.signal(signal.SIGINT, finish_step)
+    if WORLD > 1:                                # the others wait while the first one downloads
+        dist.init_process_group(timeout=timedelta(hours=3))
     try:
         result = train(config, resume, stop)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        smaller = ("a smaller --block-size or --n-embd" if config.batch_size == 1 else
+                   f"--batch-size {config.batch_size // 2} with --tokens-per-step "
+                   f"{resolve(config).tokens_per_step}: the same step in smaller pieces")
+        raise UserError(f"out of memory; try {smaller}")
     finally:
         signal.signal(signal.SIGINT, before)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
     if result["step"] < config.steps:
         print(f"stopped after step {result['step']} of {config.steps} and saved; to go on: "
               f"python train.py --resume {config.out}")
@@ -790,10 +961,12 @@ def train_command(config: Config, resume: str | None, prompt: str) -> None:
               + ", ".join(f"{name} {scales[name]:.2f}" for name in ranked[:-4:-1]))
     write_whole(Path(config.out, "run.png"), lambda partial: draw(result, partial))
     _, saved = load(config.out)
-    text = sample(rebuild(saved), saved["tokenizer"], prompt, config.seed)
+    device = pick_device(config.device)
+    memory, model = peak_memory(device), rebuild(saved).to(device)
+    text = sample(model, saved["tokenizer"], prompt, config.seed)
     print(f"a sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
     print(f"saved in {config.out}: checkpoint.pt, log.csv, norms.csv, config.json, run.png; "
-          f"{time.perf_counter() - began:.0f} s in all")
+          f"{time.perf_counter() - began:.0f} s in all, peak memory {memory:.2f} GB")
     print(f"final: val loss {result['final']['val_loss']:.4f} nats/token, "
           f"{result['final']['val_bits']:.4f} bits/byte")
 

@@ -288,7 +288,7 @@ class StopAfter:
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw"}, {"optimizer": "muon"},
-                                     {"multipliers": "scalar", "grad_accumulation": 2}])
+                                     {"multipliers": "scalar", "tokens_per_step": 256}])
 def test_resuming_equals_not_stopping(changes, tmp_path):
     """3 + 3 steps end in the same checkpoint as 6: weights, optimizers, generator and history."""
     whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
@@ -310,9 +310,9 @@ def test_accumulation_equals_a_larger_batch(monkeypatch):
         return clip(groups, c)
 
     monkeypatch.setattr(train, "clip_gradients", spy)
-    parts = observe(batch_size=2, grad_accumulation=3, steps=1)
+    parts = observe(batch_size=2, tokens_per_step=192, steps=1)
     whole = observe(batch_size=6, steps=1)
-    assert torch.equal(torch.cat([x for x, _ in parts.batches]), whole.batches[0][0])
+    assert_same(parts.batches, whole.batches)
     assert distance(*seen) < 3e-6                                     # measured: 2e-7
     losses = [run.result["log"][0]["loss"] for run in (parts, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -584,18 +584,24 @@ def test_shakespeare_is_downloaded_once(monkeypatch):
     assert "".join(decoded(first, "train") + decoded(first, "val")).encode() == play
 
 
-@pytest.mark.parametrize("reply, length, sha256, word", [
-    (b"another text", 12, hashlib.sha256(b"the text").hexdigest(), "SHA-256"),
-    (b"the t", 8, hashlib.sha256(b"the text").hexdigest(), "downloaded"),
-    (None, 0, "", "downloaded")], ids=["wrong", "cut short", "refused"])
-def test_a_failed_download_is_an_error_and_leaves_no_file(reply, length, sha256, word, tmp_path):
-    """A wrong text, a broken connection and no connection are UserErrors, and leave nothing."""
+@pytest.mark.parametrize("reply, length, word", [
+    (b"another text", 12, "SHA-256"), (b"the t", 8, "broke"), (None, 0, "downloaded")],
+    ids=["wrong", "cut short", "refused"])
+def test_a_failed_download_is_an_error_and_leaves_no_text(reply, length, word, monkeypatch):
+    """A wrong text, a broken connection and no connection are UserErrors, and no text to train on
+    appears; only a part that came is kept, hidden, for the next try."""
+    before = snapshot(".")
     with web(reply, length) as url:
         if reply is None:
             url = "http://127.0.0.1:1/input.txt"                      # a port that nobody serves
+        monkeypatch.setattr(train, "SHAKESPEARE",
+                            (url, hashlib.sha256(b"the text").hexdigest()))
+        monkeypatch.setattr(train, "DATA", Path("nothing"))
         with pytest.raises(UserError, match=word):
-            train.download(url, sha256, tmp_path / "input.txt")
-    assert not list(tmp_path.iterdir())
+            Corpus("shakespeare", 8, 300)
+    kept = {"nothing/.partial-shakespeare.txt": reply} if word == "broke" else {}
+    assert {k: v for k, v in snapshot(".").items() if k not in before} == kept
+    shutil.rmtree("nothing", ignore_errors=True)
 
 
 # ---------------------------------------------------------------- measuring
@@ -741,11 +747,11 @@ def test_every_setting_is_a_flag_with_help(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    shown = capsys.readouterr().out.split()
+    shown = capsys.readouterr().out.replace(",", " ").split()
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
         assert flag in shown
-        value = (f.metadata["choices"] or (0.5 if f.default is None else f.default,))[-1]
+        value = (f.metadata["choices"] or (8 if f.default is None else f.default,))[-1]
         words = [flag] if value is False else [flag, str(value)]
         given = vars(train.make_parser().parse_args(words))[f.name]
         assert given == (True if value is False else type(given)(value))
@@ -812,6 +818,7 @@ BAD = {
     "no steps": (NEW + ["--steps", "0"], "--steps must be positive"),
     "negative seed": (NEW + ["--seed", "-1"], "--seed"),
     "endless seed": (NEW + ["--seed", "9" * 30], "--seed"),
+    "uneven step": (NEW + ["--tokens-per-step", "100"], "--tokens-per-step must be a multiple of"),
     "no layers": (NEW + ["--n-layer", "0"], "n_layer"),
     "width and heads": (NEW + ["--n-embd", "30", "--n-head", "4"], "divisible"),
     "vocabulary": (NEW + ["--vocabulary", "100"], "--vocabulary"),
@@ -993,9 +1000,9 @@ def test_a_mutant_of_evaluation_is_caught(monkeypatch):
     """Drawing validation windows from the training generator changes the training batches."""
     right, used = Corpus.train_batch, []
 
-    def train_batch(corpus, batch_size, generator):
+    def train_batch(corpus, batch_size, generator, part):
         used.append(generator)
-        return right(corpus, batch_size, generator)
+        return right(corpus, batch_size, generator, part)
 
     def val_batches(corpus, batch_size, count):
         yield right(corpus, batch_size, used[-1])
