@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
+import train
 from model import CHOICES, GPT, GPTConfig, RMSNorm, rotary_table
 from multipliers import is_multiplier, merge
 
@@ -180,6 +181,16 @@ def test_mutants_of_the_maths_are_caught(place, mutant, monkeypatch):
     monkeypatch.setattr(f"model.{place}", mutant)
     with pytest.raises(AssertionError):    # measured: 0.2 to 2.4
         check_maths()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU: run it on a machine with one"))])
+def test_attention_is_the_flash_kernel(device):
+    """Forward and backward run with PyTorch's flash kernel as the only attention allowed, in bf16
+    on a GPU, so that no T x T matrix is ever stored."""
+    model, tokens = tiny(n_embd=32).to(device), TOKENS.to(device)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), train.autocast(torch.device(device)):
+        model(tokens, tokens)[1].backward()                 # raises where flash cannot be used
 
 
 @pytest.mark.parametrize("gain", ["vector", "scalar", "frozen"])
