@@ -21,7 +21,6 @@ any other device it runs PyTorch's formula. `python kernel.py` checks and times 
 import ctypes
 import functools
 import itertools
-import sys
 
 import torch
 from torch import Tensor
@@ -319,24 +318,6 @@ def show(name: str, ms: Tensor, weights: int, copy: float) -> None:
               f"{eager / kernel:9.2f}{compiled / kernel:11.2f}")
 
 
-def step_milliseconds(multipliers: str, with_kernel: bool) -> float:
-    """Forward and backward of a 124M GPT over 16 x 1024 tokens under bf16 autocast."""
-    from triton.testing import do_bench
-    sys.modules["kernel"] = sys.modules[__name__]          # multipliers.py imports this very file
-    from model import GPT, GPTConfig
-    from multipliers import use_kernel
-    model = GPT(GPTConfig(50304, 1024, 12, 12, 768, multipliers)).cuda()
-    if with_kernel:
-        use_kernel(model)
-    tokens = torch.randint(50304, (16, 1024), device="cuda")
-
-    def step():
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(tokens, tokens)[1]
-        loss.backward()
-    return do_bench(step, return_mode="median")
-
-
 def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -367,10 +348,7 @@ def main() -> None:
         show(f"{rows} x {cols}", ms, rows * cols, copy)
         total += count * ms
     show("124M model", total, weights, copy)
-    plain, eager, fast = (step_milliseconds(*way) for way in (
-        ("none", False), ("vector", False), ("vector", True)))
-    print(f"forward and backward of a 124M GPT over 16k tokens: {plain:.2f} ms; with vector "
-          f"multipliers {eager / plain - 1:+.2%}, and with the kernel {fast / plain - 1:+.2%}")
+    print("what that is in a whole training step: python tests/benchmark.py")
 
 
 if __name__ == "__main__":
