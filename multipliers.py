@@ -134,11 +134,11 @@ class _Multipliers(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W_eff [n, m] = s W, or s diag(r) W diag(c) with s fixed (paper, eq. 2 and 3)."""
-        W, s = self.weight, self.factor()
+        W = self.weight
+        if self.scalar is not None or self.scale != 1:       # a product with 1 has a price too
+            W = self.factor() * W
         if self.row is not None:
-            W = (s * self.row)[:, None] * W
-        elif self.scalar is not None or s != 1:
-            W = s * W
+            W = self.row[:, None] * W
         return W if self.column is None else W * self.column
 
     def extra_repr(self) -> str:
@@ -189,9 +189,11 @@ class MultiplierEmbedding(_Multipliers):
         super().__init__(num_embeddings, dim, scalar, row, column, scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        y = F.embedding(tokens, self.weight) * self.factor()
+        y = F.embedding(tokens, self.weight)
+        if self.scalar is not None or self.scale != 1:
+            y = self.factor() * y
         if self.row is not None:
-            y = self.row[tokens][..., None] * y
+            y = F.embedding(tokens, self.row[:, None]) * y   # [..., 1]: a look-up as well
         return y if self.column is None else y * self.column
 
     def merge(self) -> nn.Embedding:
