@@ -160,7 +160,7 @@ def resolve(config: Config) -> Config:
     at_once = config.batch_size * config.block_size * WORLD
     if (config.tokens_per_step or at_once) % at_once:
         raise UserError(f"--tokens-per-step must be a multiple of {at_once} (--batch-size times "
-                        f"--block-size times GPUs), not {config.tokens_per_step}")
+                        f"--block-size times processes), not {config.tokens_per_step}")
     return replace(config, lr=config.lr or LR[config.optimizer],
                    multiplier_lr=config.multiplier_lr or MULTIPLIER_LR[config.optimizer],
                    tokens_per_step=config.tokens_per_step or at_once)
@@ -303,33 +303,40 @@ def prepare(files: dict[str, Path], folder: Path, label: str, vocabulary: int) -
 
 
 def download(url: str, path: Path, check: Callable[[Path], object]) -> None:
-    """Fetch url to path. What has come lies in a .partial file, where the next call goes on; `check`
-    raises UserError if it is not what it should be. Two at once write the same bytes: no harm."""
+    """Fetch url to path. What has come lies in a .partial file, where the next call goes on;
+    check(file) raises UserError if it is not what it should be. Two at once do no harm: they write
+    the same bytes."""
     print(f"downloading {url}")
     partial = path.with_name(f".partial-{path.name}")
-    start = partial.stat().st_size - 1 if partial.exists() else 0    # at least a byte is to come
-    request = urllib.request.Request(url, headers={"Range": f"bytes={max(0, start)}-"})
+    # From the last byte that is here: of a whole file a server would refuse to send nothing
+    start = max(0, partial.stat().st_size - 1) if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
-            with open(partial, "r+b") as file:
-                file.seek(start if reply.status == 206 else 0)       # 200: all of it, once more
-                with tqdm(total=reply.length and file.tell() + reply.length, initial=file.tell(),
-                          desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-                    while chunk := reply.read(2 ** 20):
-                        bar.update(file.write(chunk))
+            with open(partial, "r+b") as file, tqdm(
+                    total=reply.length, desc=path.name, unit="B", unit_scale=True,
+                    disable=None) as bar:
+                if reply.status == 206:      # 200: all of it comes, once more
+                    file.seek(start)
+                while chunk := reply.read(2 ** 20):
+                    bar.update(file.write(chunk))
             if reply.length:
                 raise OSError(f"the connection broke {reply.length:,} bytes before the end")
     except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", 0) == 416:                         # longer than the file there
+            partial.unlink()
         raise UserError(f"{url} cannot be downloaded ({error}): the same command goes on where "
                         f"this one stopped; or fetch it another way, to {path}")
     try:
         check(partial)
+        os.replace(partial, path)
+    except FileNotFoundError:                # another run was faster
+        check(path)
     except UserError as error:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         raise UserError(f"{url} is not what it should be: {error}")
-    os.replace(partial, path)
 
 
 def check_shakespeare(path: Path) -> None:
@@ -338,8 +345,8 @@ def check_shakespeare(path: Path) -> None:
 
 
 def fineweb(tokens: int) -> list[Path]:
-    """The shards of FineWeb, in GPT-2's tokens, that a run over so many tokens needs: 10^8 tokens in
-    each, 103 for training and one for validation. Those that are not here yet are downloaded."""
+    """The shards of FineWeb, in GPT-2's tokens, that a run over so many tokens needs: 10^8 tokens
+    in each, 103 for training, one for validation. Those that are not here yet are downloaded."""
     shards = min(103, max(1, math.ceil(tokens / 10 ** 8)))
     paths = [DATA / "fineweb10B" / f"fineweb_{name}.bin"
              for name in ("val_000000", *(f"train_{i:06}" for i in range(1, shards + 1)))]
@@ -485,10 +492,13 @@ def autocast(device: torch.device):
 
 
 def add_up(*numbers: float) -> list[float]:
-    """The sum of each over all processes, which wait for each other here."""
+    """The sum of each over all processes, which wait for each other here (on the CPU)."""
     sums = torch.tensor(numbers, dtype=torch.float64)
     if WORLD > 1:
-        dist.all_reduce(sums)
+        try:
+            dist.all_reduce(sums)
+        except RuntimeError as error:
+            raise UserError(f"process {RANK} ends: another one did ({str(error).splitlines()[0]})")
     return sums.tolist()
 
 
@@ -620,17 +630,22 @@ def attach_kernel(model: GPT, device: torch.device) -> None:
         raise UserError(str(error))
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Is it? CUDA has a class for that, a CPU has only words."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
 def compile_model(model: GPT, config: Config, device: torch.device) -> None:
     """torch.compile, tried at once on a batch of zeros, so that what it lacks is one sentence."""
-    model.compile()
     zeros = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=device)
     try:
+        model.compile()
         with autocast(device):
-            _, loss = model(zeros, zeros)
+            loss = model(zeros, zeros)[1]
         loss.backward()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:               # many kinds: no C++ compiler, no Triton, an old GPU
+        if out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"torch.compile fails here ({reason}): --no-compile trains without it")
     model.zero_grad()
@@ -654,7 +669,7 @@ def train_step(parallel, batches: list[tuple[Tensor, Tensor]], groups: list[dict
             parallel.require_backward_grad_sync = i == len(batches)
         x, y = (t.to(device, non_blocking=device.type == "cuda") for t in (x, y))
         with autocast(device):
-            _, loss = parallel(x, y)
+            loss = parallel(x, y)[1]         # the logits, gigabytes in a large run, are not kept
         (loss / len(batches)).backward()
         train_loss += loss.detach() / len(batches)
     norm, norm_with = clip_gradients(groups, config)
@@ -670,14 +685,13 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
     in the files of a run, final is the last evaluation.
 
     Files are written only where config.out says. resume: the checkpoint to go on from. stop: once
-    it is set, the run ends after the step under way (on several GPUs, after the next row of the
-    log), with a checkpoint. Raises UserError.
+    it is set, the run ends after the step under way, with a checkpoint. Raises UserError.
     """
     config, device = resolve(config), pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if LOCAL_RANK > 0:                       # the first process of a machine prepares the text
-        add_up(0)
+    if LOCAL_RANK > 0:                       # wait: the first process of a machine prepares the
+        add_up(0)                            # text, and comes to this only after that
     corpus = Corpus(config.data, config.block_size, config.vocabulary,
                     config.steps * config.tokens_per_step)
     if LOCAL_RANK == 0:
@@ -724,14 +738,12 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
         step += 1
         bar.update()
 
-        logged = step % config.log_interval == 0
-        if logged or WORLD == 1:             # several processes must agree to stop
-            stopped = add_up(stop is not None and stop.is_set())[0] > 0
+        stopped = add_up(stop is not None and stop.is_set())[0] > 0      # all of them, or none
         last = stopped or step == config.steps
         if step % config.norm_interval == 0 or last:
             history["norms"] += norms(model, step)
         evaluated = step % config.eval_interval == 0 or last
-        if not evaluated and not logged:
+        if not evaluated and step % config.log_interval:
             continue
         row = {"step": step, "loss": add_up(float(loss))[0] / WORLD, "lr": config.lr * factor,
                "grad_norm": float(norm), "grad_norm_with_multipliers": float(norm_with)}
@@ -929,6 +941,7 @@ def train_command(config: Config, resume: str | None, prompt: str) -> None:
     began, stop = time.perf_counter(), Event()
 
     def finish_step(*_):                 # the first Ctrl-C: save after this step; the second: abort
+        print("stopping after this step (a second Ctrl-C stops at once)", file=sys.stderr)
         stop.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     before = signal.signal(signal.SIGINT, finish_step)
@@ -937,11 +950,12 @@ def train_command(config: Config, resume: str | None, prompt: str) -> None:
     try:
         result = train(config, resume, stop)
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not out_of_memory(error):
             raise
-        smaller = ("a smaller --block-size or --n-embd" if config.batch_size == 1 else
-                   f"--batch-size {config.batch_size // 2} with --tokens-per-step "
-                   f"{resolve(config).tokens_per_step}: the same step in smaller pieces")
+        halves = [n for n in range(1, config.batch_size // 2 + 1) if config.batch_size % n == 0]
+        smaller = (f"--batch-size {halves[-1]} with --tokens-per-step "
+                   f"{resolve(config).tokens_per_step}: the same step in smaller pieces"
+                   if halves else "a smaller --block-size or --n-embd")
         raise UserError(f"out of memory; try {smaller}")
     finally:
         signal.signal(signal.SIGINT, before)
