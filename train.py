@@ -11,7 +11,9 @@
 To be read from top to bottom: settings, text to tokens, measuring, which parameter is trained how,
 the loop, the files of a run, what it shows at the end, the command line. The subject of this
 repository is in "which parameter is trained how": the multipliers have an lr and a (fifty times
-smaller) weight decay of their own, and do not count in the norm that clips the gradient.
+smaller) weight decay of their own, and do not count in the norm that clips the gradient. With "the
+loop" that is a quarter of the file, and can be read first; the rest (text, checkpoints, flags) is
+what any training program needs.
 """
 import argparse
 import base64

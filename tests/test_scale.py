@@ -533,6 +533,18 @@ def test_a_compiled_run_is_the_same_run(optimizer, tmp_path):
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("with_kernel", [False, True])
+def test_the_model_is_one_graph(with_kernel):
+    """torch.compile finds nothing in the model at which it would have to break off, under autocast,
+    with the kernel too."""
+    model, tokens = train.build(config(), 300), torch.zeros(2, 8, dtype=torch.long)
+    if with_kernel:
+        train.use_kernel(model)
+    model.compile(fullgraph=True, backend="aot_eager")      # raises at a break; compiles no code
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens, tokens)[1].backward()
+
+
 def test_a_compiler_that_fails_gets_one_sentence(tmp_path, capfd):
     """Where torch.compile does not work, the command ends with code 2 and names --no-compile."""
     import torch._inductor.config
