@@ -18,6 +18,7 @@ what any training program needs.
 import argparse
 import base64
 import csv
+import ctypes
 import hashlib
 import http.client
 import json
@@ -653,6 +654,14 @@ def compile_model(model: GPT, config: Config, device: torch.device) -> None:
     model.zero_grad()
 
 
+def keep_freed_memory() -> None:
+    """Up to 1 GB for the next step. By default Linux's C library gives what a step has freed back
+    to the system, and the next step waits for each page to be zeroed again: a tenth of its time."""
+    if sys.platform == "linux":
+        M_TOP_PAD = -2                       # from malloc.h
+        ctypes.CDLL(None).mallopt(M_TOP_PAD, 2 ** 30)
+
+
 def peak_memory(device: torch.device) -> float:
     """In GB: what the GPU's allocator gave at most; elsewhere, that of the whole process."""
     if device.type == "cuda":
@@ -690,6 +699,7 @@ def train(config: Config, resume: str | None = None, stop: Event | None = None,
     it is set, the run ends after the step under way, with a checkpoint. Raises UserError.
     """
     config, device = resolve(config), pick_device(config.device)
+    keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if LOCAL_RANK > 0:                       # wait: the first process of a machine prepares the

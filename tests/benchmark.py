@@ -248,6 +248,7 @@ def timed(call, device: torch.device, calls: int = 1) -> float:
 
 def prepare(name: str, setup: Setup):
     """The measurement of one row: a function that returns seconds per step."""
+    train.keep_freed_memory()                # as train.train() does: the others have it too
     if name == "train.train()":
         return lambda: our_loop(setup)
     step = (optimizer_step(name, setup) if name in OPTIMIZER else
