@@ -109,6 +109,7 @@ class Config:
     tokens_per_step: int | None = setting(None, "tokens in a step, over as many forward passes and "
                                           "GPUs as it takes (default: one forward pass on each)")
     lr: float | None = setting(None, "peak lr of all but the multipliers (default: as tuned)")
+    embedding_lr: float | None = setting(None, "peak lr of the embedding (default: the preset's)")
     weight_decay: float = setting(0.1, "of all matrices but the embedding")
     multiplier_lr: float | None = setting(None, "peak lr of the multipliers (default: as tuned)")
     multiplier_weight_decay: float = setting(2e-3, "only to hold symmetric pairs (paper, 4.1)")
@@ -125,16 +126,18 @@ class Config:
     norm_interval: int = setting(50, "steps between rows of norms.csv: RMS of W, W_eff, ...")
 
 
-# Config's defaults are the cpu preset; this is what a GPU changes (about nanoGPT's small model).
-# gpt2: GPT-2's blocks, 85M parameters, and the settings with which others reach a loss of 3.28 on
-# FineWeb, in our units (README.md); compiling pays in a run of an hour.
-PRESETS = {"cpu": {},
+# What differs from Config's defaults. The embedding begins at RMS 1, a matrix at 0.09, and a row
+# moves only when its token comes: it wants a far larger lr (sweep in README.md).
+# gpu: about nanoGPT's small model, not tuned. gpt2: GPT-2's blocks, 85M parameters, with the
+# settings with which others reach a loss of 3.28 on FineWeb, in our units (README.md); compiling
+# pays in a run of an hour.
+PRESETS = {"cpu": {"embedding_lr": 0.2},
            "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 32,
-                   "steps": 1200},
+                   "steps": 1200, "embedding_lr": 0.2},
            "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024,
                     "batch_size": 32, "tokens_per_step": 2 ** 19, "steps": 4000,
-                    "optimizer": "muon", "weight_decay": 0.3, "decay_fraction": 0.7,
-                    "eval_windows": 10240, "compile": True}}
+                    "optimizer": "muon", "embedding_lr": 0.2, "weight_decay": 0.3,
+                    "decay_fraction": 0.7, "eval_windows": 10240, "compile": True}}
 # Peak lrs by optimizer, from the sweep in README.md, made with the cpu preset (gpu: not yet tuned)
 LR = {"adamw": 4e-3, "muon": 4e-3}
 MULTIPLIER_LR = {"adamw": 4e-4, "muon": 4e-4}
@@ -143,8 +146,8 @@ MULTIPLIER_LR = {"adamw": 4e-4, "muon": 4e-4}
 def resolve(config: Config) -> Config:
     """The same with the open lrs filled in. Raises UserError for values that no run can have."""
     positive = ("steps", "batch_size", "block_size", "tokens_per_step", "eval_interval",
-                "eval_windows", "log_interval", "norm_interval", "lr", "multiplier_lr",
-                "head_norm_scale", "mlp_norm_scale")
+                "eval_windows", "log_interval", "norm_interval", "lr", "embedding_lr",
+                "multiplier_lr", "head_norm_scale", "mlp_norm_scale")
     for f in fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
         choices, least = f.metadata["choices"], "positive" if f.name in positive else "0 or more"
@@ -164,7 +167,8 @@ def resolve(config: Config) -> Config:
     if (config.tokens_per_step or at_once) % at_once:
         raise UserError(f"--tokens-per-step must be a multiple of {at_once} (--batch-size times "
                         f"--block-size times processes), not {config.tokens_per_step}")
-    return replace(config, lr=config.lr or LR[config.optimizer],
+    lr = config.lr or LR[config.optimizer]
+    return replace(config, lr=lr, embedding_lr=config.embedding_lr or lr,
                    multiplier_lr=config.multiplier_lr or MULTIPLIER_LR[config.optimizer],
                    tokens_per_step=config.tokens_per_step or at_once)
 
@@ -554,7 +558,7 @@ def parameter_groups(model: GPT, config: Config) -> list[dict]:
         "attn": ("blocks.*.attn.*.weight", matrices, lr, wd),
         "mlp": ("blocks.*.mlp.*.weight", matrices, lr * S_mlp, wd / S_mlp),
         "head": ("head.weight", "adamw", lr * S_head, wd / S_head),
-        "embedding": ("embedding.weight", "adamw", lr, 0.0),
+        "embedding": ("embedding.weight", "adamw", config.embedding_lr, 0.0),
         "gain": ("*.gain", "adamw", lr, 0.0),
         # 1-D and 0-D, so never Muon's; an lr of their own, since nothing holds their random walk
         "multiplier": ("*.scalar, *.row, *.column", "adamw",

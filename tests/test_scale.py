@@ -40,8 +40,8 @@ pytestmark = pytest.mark.train
 
 # A step is 8 windows of 32 tokens: four forward passes of one process, or two of each of two
 TINY = dict(data="text", device="cpu", n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=2,
-            tokens_per_step=256, steps=6, lr=3e-3, multiplier_lr=0.1, warmup_steps=2,
-            eval_interval=3, eval_windows=6, log_interval=1, norm_interval=3)
+            tokens_per_step=256, steps=6, lr=3e-3, embedding_lr=3e-3, multiplier_lr=0.1,
+            warmup_steps=2, eval_interval=3, eval_windows=6, log_interval=1, norm_interval=3)
 CPU = torch.device("cpu")
 
 

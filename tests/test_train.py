@@ -44,8 +44,8 @@ pytestmark = pytest.mark.train
 # Ten files: enough for a split by file. The names decide: calendar, copy and glob are validation
 SOURCES = "argparse ast calendar cmd codecs copy csv glob heapq textwrap".split()
 TINY = dict(data="text", vocabulary=512, device="cpu", n_layer=1, n_head=2, n_embd=32,
-            block_size=32, batch_size=4, steps=6, lr=3e-3, multiplier_lr=0.1, warmup_steps=2,
-            eval_interval=3, eval_windows=6, log_interval=1, norm_interval=3)
+            block_size=32, batch_size=4, steps=6, lr=3e-3, embedding_lr=3e-3, multiplier_lr=0.1,
+            warmup_steps=2, eval_interval=3, eval_windows=6, log_interval=1, norm_interval=3)
 ODD = "🤖👩‍👩‍👧 e\u0301 \u202e\u00a0\t\r\n  <|endoftext|> " + "".join(map(chr, range(1, 55296, 97)))
 
 
@@ -238,8 +238,9 @@ def test_schedule_warms_up_stays_and_falls():
 
 def test_every_group_keeps_its_own_lr_through_the_schedule():
     """In each step each group trains with its own peak lr times the schedule's factor."""
-    seen = observe(optimizer="muon", head_norm_scale=4.0, mlp_norm_scale=0.5, multiplier_lr=7e-4)
-    peaks = {"attn": 3e-3, "mlp": 1.5e-3, "head": 1.2e-2, "embedding": 3e-3, "gain": 3e-3,
+    seen = observe(optimizer="muon", head_norm_scale=4.0, mlp_norm_scale=0.5, multiplier_lr=7e-4,
+                   embedding_lr=0.1)
+    peaks = {"attn": 3e-3, "mlp": 1.5e-3, "head": 1.2e-2, "embedding": 0.1, "gain": 3e-3,
              "multiplier": 7e-4}
     assert len(seen.lrs) == 6
     for step, lrs in enumerate(seen.lrs):
