@@ -167,8 +167,7 @@ def resolve(config: Config) -> Config:
     if (config.tokens_per_step or at_once) % at_once:
         raise UserError(f"--tokens-per-step must be a multiple of {at_once} (--batch-size times "
                         f"--block-size times processes), not {config.tokens_per_step}")
-    lr = config.lr or LR[config.optimizer]
-    return replace(config, lr=lr, embedding_lr=config.embedding_lr or lr,
+    return replace(config, lr=config.lr or LR[config.optimizer],
                    multiplier_lr=config.multiplier_lr or MULTIPLIER_LR[config.optimizer],
                    tokens_per_step=config.tokens_per_step or at_once)
 
@@ -558,7 +557,7 @@ def parameter_groups(model: GPT, config: Config) -> list[dict]:
         "attn": ("blocks.*.attn.*.weight", matrices, lr, wd),
         "mlp": ("blocks.*.mlp.*.weight", matrices, lr * S_mlp, wd / S_mlp),
         "head": ("head.weight", "adamw", lr * S_head, wd / S_head),
-        "embedding": ("embedding.weight", "adamw", config.embedding_lr, 0.0),
+        "embedding": ("embedding.weight", "adamw", config.embedding_lr or lr, 0.0),
         "gain": ("*.gain", "adamw", lr, 0.0),
         # 1-D and 0-D, so never Muon's; an lr of their own, since nothing holds their random walk
         "multiplier": ("*.scalar, *.row, *.column", "adamw",

@@ -34,6 +34,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from conftest import StopAfter
 from train import Config, Corpus, UserError, main
 
 pytestmark = pytest.mark.train
@@ -678,17 +679,6 @@ def test_windows_lie_beyond_two_to_the_31(tmp_path):
 
 
 # ---------------------------------------------------------------- several processes
-
-class StopAfter:
-    """Like an Event that somebody sets during the given step."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def is_set(self):
-        self.left -= 1
-        return self.left <= 0
-
 
 def observe(resume=None, stop=None, **changes):
     """train(), with what it keeps to itself: the windows of each step, and the last weights."""

@@ -36,6 +36,7 @@ import rustbpe
 import torch
 
 import train
+from conftest import StopAfter
 from multipliers import MULTIPLIERS, is_multiplier
 from train import Config, Corpus, UserError, main
 
@@ -275,17 +276,6 @@ def test_runs_with_and_without_multipliers_begin_equal():
         assert_same(run.batches, runs[0].batches)
         assert run.result["log"][0]["loss"] == runs[0].result["log"][0]["loss"]
         assert run.result["log"][2]["loss"] != runs[0].result["log"][2]["loss"]
-
-
-class StopAfter:
-    """Like an Event that somebody sets during the given step."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def is_set(self):
-        self.left -= 1
-        return self.left <= 0
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw"}, {"optimizer": "muon"},
