@@ -1,22 +1,20 @@
-"""The kernel: W_eff = diag(r) W diag(c), in the dtype of the matmul, one pass over memory each way.
+"""A first CUDA kernel: the learnable multipliers, forward and backward (arXiv 2601.04890).
 
-    forward     W_eff_ij = r_i W_ij c_j                                              (paper, eq. 3)
-    backward    dW_ij = r_i G_ij c_j    dr_i = sum_j G_ij W_ij c_j    dc_j = sum_i r_i G_ij W_ij
-                with G = dL/dW_eff; all three from one reading of G and W            (paper, eq. 4)
+    forward, eq. 3:    W_eff_ij = r_i W_ij c_j
+    backward, eq. 4:   dW_ij = r_i G_ij c_j                     with G = dL/dW_eff
+                       dr_i = sum_j G_ij W_ij c_j               dc_j = sum_i r_i G_ij W_ij
 
-Autocast is PyTorch's mixed precision: weights stay float32 and each matmul gets a bfloat16 copy. A
-few operations per number moved, so the time is that of moving bytes. Bytes per weight, with W and
-dW in float32, W_eff and G in bfloat16, counted from the code:
-                                     forward    backward
-    autocast, no multipliers            6          6      casts W to bfloat16, and G back
-    this kernel                         6         10.3    G and W in, dW out, 0.3 of partial sums
-    PyTorch, operation by operation    22         54      every product goes to memory and back
+Autocast, PyTorch's mixed precision, gives each matmul a bfloat16 copy of its float32 weight. The
+kernel multiplies by r and c in the pass that makes the copy. A weight takes few multiplications, so
+the bytes decide the time. Bytes per weight, counted for float32 W, dW and bfloat16 W_eff, G:
 
-Autocast makes the forward's pass anyway: the multipliers ride along. A scalar s is folded in by the
-caller, `scale(W, s * r, c, dtype)`; autograd finds ds and dr behind it.
+                                     forward   backward
+    autocast, no multipliers             6         6      W in, copy out; G in, dW out
+    this kernel                          6        10.3    G and W in, dW out; 0.3 for partial sums
+    PyTorch, operation by operation     22        54      each product is written and read again
 
-On CUDA the op runs the kernels below, compiled on first use (seconds; needs Linux, nvcc, ninja). On
-any other device it runs PyTorch's formula. `python kernel.py` checks and times it where it stands.
+On CUDA the operator `scale` runs the kernels, compiled by the first call; elsewhere, a formula.
+Check: `python kernel.py`. Timing, on CUDA: `python tests/benchmark.py --only kernel`.
 """
 import ctypes
 import functools
@@ -26,100 +24,105 @@ import torch
 from torch import Tensor
 
 CUDA = r"""
-// How a GPU runs this. A kernel (__global__) is the program of one thread. Threads come in warps of
-// 32 lanes that step together: when neighbouring lanes load neighbouring addresses, memory serves
-// the warp in a few wide transfers (coalescing). Warps form blocks, a block runs on one
-// multiprocessor and owns some fast shared memory; blocks run in any order, many at a time.
-// f<<<grid, block, 0, stream>>>(...) queues grid.x * grid.y blocks of block.x * block.y threads on
-// a stream (work in one stream runs in order). In f, blockIdx and threadIdx say which thread this
-// is. Here a block is 32 x WARPS, so threadIdx.x is the lane and threadIdx.y the warp.
-#undef __CUDA_NO_HALF_CONVERSIONS__              // PyTorch's flags forbid float(x) for these types
+// PyTorch's compiler flags forbid conversions like float(x) of 16-bit numbers. Allow them again.
+#undef __CUDA_NO_HALF_CONVERSIONS__
 #undef __CUDA_NO_BFLOAT16_CONVERSIONS__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-using T = ELEMENT;                               // of W_eff and G: named on the command line
-using In = const float* __restrict__;            // restrict: nothing is written where we read
-using Out = float* __restrict__;
+using Element = ELEMENT;   // the type of W_eff and G, from the compiler's command line
 
-constexpr int WARPS = 8;                         // in a block, one below the other
-constexpr int ROWS = 4;                          // a warp takes ROWS rows, WARPS apart:
-constexpr int TILE = WARPS * ROWS;               // a block covers 32 rows and 32 V columns
+// STEP 1: the naive kernel. A kernel (__global__) is a function that the GPU runs in many threads
+// at once. Threads form blocks, here of 32 x 32, and blocks form a grid. threadIdx is the thread's
+// place in its block, blockIdx the block's place in the grid. A thread computes one entry of W_eff.
+__global__ void naive(const float* W, const float* r, const float* c, Element* W_eff,
+                      int rows, int cols) {
+  const int row = blockIdx.y * 32 + threadIdx.y, col = blockIdx.x * 32 + threadIdx.x;
+  if (row >= rows || col >= cols) return;
+  const size_t i = (size_t)row * cols + col;
+  W_eff[i] = Element(r[row] * W[i] * c[col]);
+}
 
-// V neighbours in a row, moved by one instruction: four floats are a 16-byte access per lane.
-template <typename X, int V> struct alignas(sizeof(X) * V) Vec { X x[V]; };
-template <int V, typename X> __device__ Vec<X, V> load(const X* p) { return *(const Vec<X, V>*)p; }
-template <int V, typename X> __device__ void store(X* p, Vec<X, V> v) { *(Vec<X, V>*)p = v; }
+// STEP 2: more bytes per thread. The 32 threads with the same threadIdx.y form a warp: they execute
+// each instruction together. threadIdx.x is the lane, a thread's place in its warp. If the lanes
+// access neighbouring addresses, the GPU joins the accesses into a few wide ones (coalescing). A
+// block of 8 warps covers a tile of 32 rows and 32 V columns; a lane takes V columns in 4 rows:
+//     row  0  | lane 0 | lane 1 | ... | lane 31 |  warp 0
+//     row  1  | lane 0 | lane 1 | ... | lane 31 |  warp 1
+//      ...
+//     row  8  | lane 0 | lane 1 | ... | lane 31 |  warp 0, which also takes rows 16 and 24
+//      ...
+//     row 31  | lane 0 | lane 1 | ... | lane 31 |  warp 7
+constexpr int WARPS = 8, ROWS = 4, TILE = WARPS * ROWS;
+// V neighbours in a row. One instruction loads or stores all of them: 16 bytes for 4 floats.
+template <class X, int V> struct alignas(V * sizeof(X)) Vec { X x[V]; };
+template <int V, class X> __device__ Vec<X, V>& at(const X* p) { return *(Vec<X, V>*)p; }
 
-template <int V>
-__global__ void forward(In W, In r, In c, T* __restrict__ out, int rows, int cols) {
+template <int V> __global__ void forward(const float* W, const float* r, const float* c,
+                                         Element* W_eff, int rows, int cols) {
   const int first = blockIdx.y * TILE + threadIdx.y, col = (blockIdx.x * 32 + threadIdx.x) * V;
   if (col >= cols) return;
-  const Vec<float, V> cj = load<V>(c + col);
-  Vec<float, V> w[ROWS];
+  Vec<float, V> cj = at<V>(c + col), w[ROWS];
   float ri[ROWS];
-  #pragma unroll                                 // memory answers after hundreds of ns: ask for
-  for (int k = 0, row = first; k < ROWS; k++, row += WARPS)         // all rows at once, then work
-    if (row < rows) ri[k] = r[row], w[k] = load<V>(W + (size_t)row * cols + col);
-  #pragma unroll
+  // Memory answers after hundreds of nanoseconds: request all rows first, then compute.
+  for (int k = 0, row = first; k < ROWS; k++, row += WARPS)
+    if (row < rows) ri[k] = r[row], w[k] = at<V>(W + (size_t)row * cols + col);
   for (int k = 0, row = first; k < ROWS; k++, row += WARPS) {
-    Vec<T, V> o;
-    for (int v = 0; v < V; v++) o.x[v] = T(ri[k] * w[k].x[v] * cj.x[v]);     // PyTorch's order
-    if (row < rows) store(out + (size_t)row * cols + col, o);
+    Vec<Element, V> out;
+    for (int v = 0; v < V; v++) out.x[v] = Element(ri[k] * w[k].x[v] * cj.x[v]);
+    if (row < rows) at<V>(W_eff + (size_t)row * cols + col) = out;
   }
 }
 
-// Adds one Vec per lane over the N warps of a block, always in the same order; warp 0 has the sum.
+// STEP 3: backward. A helper first: it adds one Vec per lane over the N warps of a block, always in
+// the same order; warp 0 gets the sum. Warps exchange numbers through shared memory, which belongs
+// to the block. At __syncthreads each thread waits until all threads of the block have written.
 template <int N, int V> __device__ Vec<float, V> sum_over_warps(Vec<float, V> sum) {
-  __shared__ Vec<float, V> shared[N][32];        // shared memory: how warps hand numbers over
+  __shared__ Vec<float, V> shared[N][32];
   shared[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();                               // nobody reads before everybody has written
-  if (threadIdx.y == 0)
-    for (int warp = 1; warp < N; warp++)
-      for (int v = 0; v < V; v++) sum.x[v] += shared[warp][threadIdx.x].x[v];
+  __syncthreads();
+  for (int warp = 1; warp < N && threadIdx.y == 0; warp++)
+    for (int v = 0; v < V; v++) sum.x[v] += shared[warp][threadIdx.x].x[v];
   return sum;
 }
 
-// dW is finished here. A row of dr and a column of dc cross many blocks, so each block writes its
-// share to its own line of dr_part and dc_part, and `finish` adds the lines. atomicAdd would spare
-// that, but adds in order of arrival: the same training run would not give the same bits twice.
-template <int V>
-__global__ void backward(const T* __restrict__ G, In W, In r, In c, Out dW, Out dr_part,
-                         Out dc_part, int rows, int cols) {
+// The tile is that of step 2. Many blocks share a row or a column of W. So each block writes its
+// part of dr and dc to a line of its own in dr_part and dc_part; step 4 adds the lines. (atomicAdd
+// needs no step 4, but adds in order of arrival: two equal runs could give different bits.)
+template <int V> __global__ void backward(const Element* G, const float* W, const float* r,
+    const float* c, float* dW, float* dr_part, float* dc_part, int rows, int cols) {
   const int first = blockIdx.y * TILE + threadIdx.y, col = (blockIdx.x * 32 + threadIdx.x) * V;
-  const bool inside = col < cols;                // lanes past the edge stay, with zeros, because
-  Vec<float, V> cj = {}, dc = {}, w[ROWS] = {};  // the shuffles below need all 32
-  Vec<T, V> g[ROWS] = {};
+  // The shuffle below needs all 32 lanes: lanes beyond the last column take part, with zeros.
+  const bool inside = col < cols;
+  Vec<float, V> cj = {}, dc = {}, w[ROWS] = {};
+  Vec<Element, V> g[ROWS] = {};
   float ri[ROWS] = {}, dr[ROWS] = {};
-  if (inside) cj = load<V>(c + col);
-  #pragma unroll
+  if (inside) cj = at<V>(c + col);
   for (int k = 0, row = first; k < ROWS; k++, row += WARPS)
     if (inside && row < rows) {
-      ri[k] = r[row];
-      g[k] = load<V>(G + (size_t)row * cols + col);
-      w[k] = load<V>(W + (size_t)row * cols + col);
+      const size_t i = (size_t)row * cols + col;
+      ri[k] = r[row], g[k] = at<V>(G + i), w[k] = at<V>(W + i);
     }
-  #pragma unroll
   for (int k = 0, row = first; k < ROWS; k++, row += WARPS) {
     Vec<float, V> dw;
     for (int v = 0; v < V; v++) {
       const float gc = float(g[k].x[v]) * cj.x[v], rg = ri[k] * float(g[k].x[v]);
-      dw.x[v] = gc * ri[k];
-      dr[k] += gc * w[k].x[v];
-      dc.x[v] += rg * w[k].x[v];
+      dw.x[v] = gc * ri[k], dr[k] += gc * w[k].x[v], dc.x[v] += rg * w[k].x[v];
     }
-    if (inside && row < rows) store(dW + (size_t)row * cols + col, dw);
+    if (inside && row < rows) at<V>(dW + (size_t)row * cols + col) = dw;
   }
-  for (int half = 16; half > 0; half /= 2)       // a shuffle reads another lane's register: after
-    for (int k = 0; k < ROWS; k++)               // 16, 8, 4, 2 and 1 every lane has the row's sum
-      dr[k] += __shfl_xor_sync(0xffffffff, dr[k], half);
+  // A shuffle reads a number of lane (own lane XOR half). After 5 of them each lane has the sum.
+  for (int half = 16; half > 0; half /= 2)
+    for (int k = 0; k < ROWS; k++) dr[k] += __shfl_xor_sync(0xffffffff, dr[k], half);
   for (int k = 0, row = first; k < ROWS; k++, row += WARPS)
     if (threadIdx.x == 0 && row < rows) dr_part[(size_t)blockIdx.x * rows + row] = dr[k];
   dc = sum_over_warps<WARPS>(dc);
-  if (threadIdx.y == 0 && inside) store(dc_part + (size_t)blockIdx.y * cols + col, dc);
+  if (threadIdx.y == 0 && inside) at<V>(dc_part + (size_t)blockIdx.y * cols + col) = dc;
 }
 
-// The second stage: blocks with y = 0 add up the lines of dr_part, those with y = 1 of dc_part.
-__global__ void finish(In dr_part, In dc_part, Out dr, Out dc, int rows, int cols, dim3 lines) {
+// STEP 4: add the lines. Blocks with y = 0 make dr from dr_part [lines.x, rows]; blocks with y = 1
+// make dc from dc_part [lines.y, cols]. A lane adds one column, warp w the lines w, w + 32, ...
+__global__ void finish(const float* dr_part, const float* dc_part, float* dr, float* dc,
+                       int rows, int cols, dim3 lines) {
   const float* part = blockIdx.y ? dc_part : dr_part;
   const int size = blockIdx.y ? cols : rows, count = blockIdx.y ? lines.y : lines.x;
   const int i = blockIdx.x * 32 + threadIdx.x;
@@ -131,21 +134,21 @@ __global__ void finish(In dr_part, In dc_part, Out dr, Out dc, int rows, int col
   if (threadIdx.y == 0 && i < size) (blockIdx.y ? dc : dr)[i] = sum.x[0];
 }
 
-// What Python calls (extern "C" keeps the names as written, so that ctypes finds them). A launch
-// that CUDA refuses leaves a reason behind; without one, "no error".
-static dim3 tiles(int rows, int cols, int vec) {
-  return dim3((cols + 32 * vec - 1) / (32 * vec), (rows + TILE - 1) / TILE);
-}
+// What Python calls. kernel<<<grid, block, 0, stream>>>(...) starts grid.x * grid.y blocks of
+// block.x * block.y threads. A stream is a queue: the GPU does the work of one stream in order.
+// vec is V; 0 means naive. The result is CUDA's error text. extern "C" keeps the names as written.
+static int up(int a, int b) { return (a + b - 1) / b; }   // a / b, rounded up
 extern "C" const char* run_forward(int rows, int cols, int vec, cudaStream_t stream,
-                                   float* W, float* r, float* c, T* out) {
-  const auto kernel = vec == 4 ? forward<4> : forward<1>;
-  kernel<<<tiles(rows, cols, vec), dim3(32, WARPS), 0, stream>>>(W, r, c, out, rows, cols);
+                                   float* W, float* r, float* c, Element* W_eff) {
+  const auto kernel = vec == 0 ? naive : vec == 1 ? forward<1> : forward<4>;
+  const dim3 grid(up(cols, 32 * max(vec, 1)), up(rows, TILE)), block(32, vec == 0 ? 32 : WARPS);
+  kernel<<<grid, block, 0, stream>>>(W, r, c, W_eff, rows, cols);
   return cudaGetErrorString(cudaGetLastError());
 }
-extern "C" const char* run_backward(int rows, int cols, int vec, cudaStream_t stream, T* G,
+extern "C" const char* run_backward(int rows, int cols, int vec, cudaStream_t stream, Element* G,
     float* W, float* r, float* c, float* dW, float* dr_part, float* dc_part, float* dr, float* dc) {
-  const auto kernel = vec == 4 ? backward<4> : backward<1>;
-  const dim3 grid = tiles(rows, cols, vec), ends((max(rows, cols) + 31) / 32, 2);
+  const auto kernel = vec == 1 ? backward<1> : backward<4>;
+  const dim3 grid(up(cols, 32 * vec), up(rows, TILE)), ends(up(max(rows, cols), 32), 2);
   kernel<<<grid, dim3(32, WARPS), 0, stream>>>(G, W, r, c, dW, dr_part, dc_part, rows, cols);
   finish<<<ends, dim3(32, 32), 0, stream>>>(dr_part, dc_part, dr, dc, rows, cols, grid);
   return cudaGetErrorString(cudaGetLastError());
@@ -153,203 +156,105 @@ extern "C" const char* run_backward(int rows, int cols, int vec, cudaStream_t st
 """
 TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
-
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for one dtype of W_eff, compiled by the first call. Without PyTorch's headers,
-    which ctypes makes possible, that takes seconds, not a minute. RuntimeError if it fails."""
-    from torch.utils.cpp_extension import load_inline      # here: most users never need it
-    try:                    # hangs? a killed build left a lock: delete ~/.cache/torch_extensions
-        path = load_inline("scale_" + TYPES[dtype].strip("_"), "", CUDA, no_implicit_headers=True,
-                           extra_cuda_cflags=["-O3", "-DELEMENT=" + TYPES[dtype]],
-                           is_python_module=False)
-        functions = ctypes.CDLL(path)
-        functions.run_forward.restype = functions.run_backward.restype = ctypes.c_char_p
+    """The kernels for one dtype of W_eff, compiled in seconds. RuntimeError if they cannot be."""
+    from torch.utils.cpp_extension import load_inline
+    # A killed build leaves a lock, and the next build hangs: delete ~/.cache/torch_extensions.
+    try:
+        functions = ctypes.CDLL(load_inline(
+            "scale_" + TYPES[dtype].strip("_"), "", CUDA, is_python_module=False,
+            no_implicit_headers=True, extra_cuda_cflags=["-O3", "-DELEMENT=" + TYPES[dtype]]))
     except (OSError, RuntimeError, AttributeError) as reason:
-        raise RuntimeError(
-            "the scale kernel needs Linux, nvcc (of a CUDA toolkit, which CUDA_HOME names) and "
-            f"ninja to be compiled ({str(reason).splitlines()[0]}); training without "
-            "--scale-kernel computes the same and compiles nothing") from reason
+        raise RuntimeError("the scale kernel needs Linux, nvcc (set CUDA_HOME) and ninja to be "
+                           f"compiled ({str(reason).splitlines()[0]}); training without "
+                           "--scale-kernel computes the same") from reason
+    functions.run_forward.restype = functions.run_backward.restype = ctypes.c_char_p
     return functions
 
-
-def launch(function: str, dtype: torch.dtype, vec: int, W: Tensor, *tensors: Tensor) -> None:
-    """Queue a function of the library on W's device, behind the work on its current stream."""
-    with torch.cuda.device(W.device):
+def launch(function: str, dtype: torch.dtype, vec: int, *tensors: Tensor) -> None:
+    """Queue run_forward or run_backward on the current stream; tensors[0] is [out, in]."""
+    with torch.cuda.device(tensors[0].device):
         addresses = torch.cuda.current_stream().cuda_stream, *(t.data_ptr() for t in tensors)
-        error = getattr(library(dtype), function)(*W.shape, vec, *map(ctypes.c_void_p, addresses))
-    if error != b"no error":
-        raise RuntimeError(f"CUDA refused {function} for W {tuple(W.shape)}: {error.decode()}")
-
+        arguments = *tensors[0].shape, vec, *map(ctypes.c_void_p, addresses)
+        error = getattr(library(dtype), function)(*arguments).decode()
+    if error != "no error":
+        raise RuntimeError(f"CUDA refused {function} for {list(tensors[0].shape)}: {error}")
 
 def width(*tensors: Tensor) -> int:
-    """4 if every row can be moved in groups of 4 at aligned addresses, otherwise 1."""
+    """V: 4 if all rows of all tensors split into aligned groups of 4 numbers, otherwise 1."""
     return 4 if all(t.shape[-1] % 4 == 0 and t.data_ptr() % (4 * t.element_size()) == 0
                     for t in tensors) else 1
 
+def forward_cuda(W: Tensor, r: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    W, r, c, W_eff = *(t.contiguous() for t in (W, r, c)), W.new_empty(W.shape, dtype=dtype)
+    launch("run_forward", dtype, width(W, c), W, r, c, W_eff)
+    return W_eff
+
+def backward_cuda(G: Tensor, W: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    G, W, r, c = (t.contiguous() for t in (G, W, r, c))
+    (rows, cols), vec = W.shape, width(G, W, c)
+    # One line for each column of blocks, and one for each row of blocks; -(-a // b) rounds up.
+    dr_part, dc_part = W.new_empty(-(-cols // (32 * vec)), rows), W.new_empty(-(-rows // 32), cols)
+    dW, dr, dc = map(torch.empty_like, (W, r, c))
+    launch("run_backward", G.dtype, vec, G, W, r, c, dW, dr_part, dc_part, dr, dc)
+    return dW, dr, dc
+
+def formula(W: Tensor, r: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(r) W diag(c). The kernels give the same bits: this order, rounded once, at the end."""
+    return (r[:, None] * W * c).to(dtype).contiguous()
 
 def validate(W: Tensor, r: Tensor, c: Tensor, dtype: torch.dtype, *G: Tensor) -> None:
-    """One clear ValueError, before any launch, for whatever the op is not meant for."""
-    tensors = (W, r, c, *G)
+    """ValueError, in one sentence, for shapes, dtypes and devices that `scale` does not take."""
     real = torch.float64 if W.dtype == torch.float64 and not W.is_cuda else torch.float32
-    if not (W.ndim == 2 and max(W.shape) < 2**31 and all(g.shape == W.shape for g in G)
-            and r.shape == W.shape[:1] and c.shape == W.shape[1:]
-            and W.dtype == r.dtype == c.dtype == real and dtype in (*TYPES, real)
-            and len({t.device for t in tensors}) == 1):
-        given = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors)
+    given = [(t.dtype, t.shape, t.device) for t in (W, r, c, *G)]
+    wanted = [(real, shape, W.device) for shape in (W.shape, W.shape[:1], W.shape[1:])]
+    wanted += [(dtype, W.shape, W.device) for _ in G]
+    if W.ndim != 2 or max(W.shape) >= 2**31 or dtype not in (*TYPES, real) or given != wanted:
+        given = ", ".join(f"{kind} {list(shape)} on {device}" for kind, shape, device in given)
         raise ValueError("scale makes float32, float16 or bfloat16 from W [out, in], r [out] and c "
                          f"[in], float32 on one device (G like W), not {dtype} from {given}")
 
-
-# ---------------------------------------------------------------- the op
-
-
-def formula(W: Tensor, r: Tensor, c: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """What the kernel must reproduce bit for bit: these products, in this order, rounded last."""
-    return (r[:, None] * W * c).to(dtype)
-
-
 @torch.library.custom_op("multipliers::scale", mutates_args=())
 def scale(W: Tensor, r: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
-    """W_eff [out, in] = diag(r) W diag(c), rounded once to `dtype`, contiguous (paper, eq. 3).
+    """W_eff [out, in] = diag(r) W diag(c) in `dtype`, contiguous, differentiable once (eq. 3).
 
-    W [out, in], r [out], c [in]: float32 on one device, any strides (on a CPU float64 too, for
-    gradcheck). dtype: float32, float16 or bfloat16. ValueError for anything else. On CUDA,
-    RuntimeError if the kernel cannot be compiled or, in CUDA's words, not be launched (its limit
-    is 2 million rows). Differentiable once.
+    W [out, in], r [out], c [in]: float32 on one device, any strides; on a CPU also float64. dtype:
+    float32, float16, bfloat16. ValueError for other input; on CUDA, RuntimeError if compilation
+    fails or CUDA refuses the launch (over 2 million rows). A scalar multiplier s enters as s * r.
     """
     validate(W, r, c, dtype)
-    return formula(W, r, c, dtype).contiguous()
-
+    # CUDA refuses a grid without blocks, so an empty W goes to the formula.
+    return (forward_cuda if W.is_cuda and W.numel() else formula)(W, r, c, dtype)
 
 @torch.library.custom_op("multipliers::scale_backward", mutates_args=())
 def scale_backward(G: Tensor, W: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dW [out, in], dr [out], dc [in] from G = dL/dW_eff [out, in] (paper, eq. 4), in W's dtype."""
+    """dW [out, in], dr [out], dc [in] in W's dtype, from G = dL/dW_eff [out, in] (eq. 4)."""
     validate(W, r, c, G.dtype, G)
+    if W.is_cuda and W.numel():
+        return backward_cuda(G, W, r, c)
     Gc, rG = G.to(W.dtype) * c, r[:, None] * G.to(W.dtype)
     return (Gc * r[:, None]).contiguous(), (Gc * W).sum(1), (rG * W).sum(0)
 
-
-@scale.register_kernel("cuda")
-def forward_cuda(W, r, c, dtype):
-    validate(W, r, c, dtype)
-    W, r, c, out = W.contiguous(), r.contiguous(), c.contiguous(), W.new_empty(W.shape, dtype=dtype)
-    if W.numel():                                          # CUDA refuses a grid without blocks
-        launch("run_forward", dtype, width(W, c), W, W, r, c, out)
-    return out
-
-
-@scale_backward.register_kernel("cuda")
-def backward_cuda(G, W, r, c):
-    validate(W, r, c, G.dtype, G)
-    if W.numel() == 0:
-        return W.new_empty(W.shape), torch.zeros_like(r), torch.zeros_like(c)
-    G, W, r, c = (t.contiguous() for t in (G, W, r, c))
-    (rows, cols), vec = W.shape, width(G, W, c)
-    dr_part = W.new_empty(-(-cols // (32 * vec)), rows)    # a line for each column of blocks
-    dc_part = W.new_empty(-(-rows // 32), cols)            # a line for each row of blocks
-    dW, dr, dc = W.new_empty(rows, cols), W.new_empty(rows), W.new_empty(cols)
-    launch("run_backward", G.dtype, vec, W, G, W, r, c, dW, dr_part, dc_part, dr, dc)
-    return dW, dr, dc
-
-
-# torch.compile asks for shapes and dtypes only ("fake" tensors). Autograd saves just the inputs.
+# torch.compile asks for shapes and dtypes only ("fake" tensors). Autograd saves only the inputs.
 scale.register_fake(lambda W, r, c, dtype: W.new_empty(W.shape, dtype=dtype))
-scale_backward.register_fake(
-    lambda G, W, r, c: (W.new_empty(W.shape), torch.empty_like(r), torch.empty_like(c)))
+scale_backward.register_fake(lambda G, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
 scale.register_autograd(
     lambda ctx, G: (*scale_backward(G, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]))
 
-
-# ---------------------------------------------------------------- python kernel.py
-
-SHAPES = {(768, 768): 48, (2048, 768): 24, (768, 2048): 12,  # how many a 124M SwiGLU model has
-          (50304, 768): 0, (4096, 4096): 0, (16384, 4096): 0}     # 0: only timed
-
-
-def example(rows: int, cols: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Random W, r and c, with requires_grad, and G."""
-    W, G = torch.randn(2, rows, cols, device=device)
-    r, c = torch.rand(rows, device=device) + 0.5, torch.rand(cols, device=device) + 0.5
-    return *(t.requires_grad_() for t in (W, r, c)), G.to(dtype)
-
-
-def verify(device: str) -> float:
-    """The largest relative error of dW, dr, dc against autograd in float64. AssertionError unless
-    W_eff has the bits of PyTorch's formula and a second run has the bits of the first."""
-    worst = 0.0
-    for dtype, shape in itertools.product(TYPES, [(1, 1), (33, 129), (257, 1000), (768, 768)]):
-        W, r, c, G = example(*shape, dtype, device)
-        W_eff, again = scale(W, r, c, dtype), scale(W, r, c, dtype)
-        grads, twice = (torch.autograd.grad(out, (W, r, c), G) for out in (W_eff, again))
-        assert torch.equal(W_eff, formula(W, r, c, dtype)), f"W_eff differs: {shape}, {dtype}"
-        assert all(map(torch.equal, (again, *twice), (W_eff, *grads))), "two runs differ"
-        exact = [t.detach().double().requires_grad_() for t in (W, r, c)]
-        exact = torch.autograd.grad(formula(*exact, torch.float64), exact, G.double())
-        worst = max(worst, *(((a - b).norm() / b.norm()).item() for a, b in zip(grads, exact)))
-    return worst
-
-
-def milliseconds(way, sets: list[tuple[Tensor, ...]]) -> Tensor:
-    """[forward, backward] time per matrix of W_eff = way(W, r, c). One CUDA graph (launches
-    recorded once, replayed as one) runs all sets, so that launches leave no gaps, and the GPU's
-    cache (L2) has forgotten a matrix when its turn comes again."""
-    from triton.testing import do_bench                    # comes with PyTorch for CUDA
-    stream, graphs = torch.cuda.Stream(), [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):                        # compiles: a graph records launches only
-        torch.autograd.grad(way(*sets[0][:3]), sets[0][:3], sets[0][3])
-    with torch.cuda.graph(graphs[0], stream=stream):
-        outs = [way(W, r, c) for W, r, c, _ in sets]
-    with torch.cuda.graph(graphs[1], stream=stream, pool=graphs[0].pool()):
-        grads = [torch.autograd.grad(out, s[:3], s[3]) for out, s in zip(outs, sets)]
-    times = [do_bench(graph.replay, return_mode="median") / len(sets) for graph in graphs]
-    del grads                                              # so far each result had its own memory
-    return torch.tensor(times)
-
-
-def show(name: str, ms: Tensor, weights: int, copy: float) -> None:
-    """Three lines of the table, from ms [kernel, eager, torch.compile] x [forward, backward]."""
-    for part, size, times in zip(("forward", "backward", "both"), (6, 10, 16), (*ms.T, ms.sum(1))):
-        kernel, eager, compiled = times.tolist()
-        rate = size * weights / kernel / 1e6               # bytes that must move, in GB/s
-        print(f"{name:>14} {part:9}{kernel * 1e3:9.2f}{rate:7.0f}{rate / copy:9.0%}"
-              f"{eager / kernel:9.2f}{compiled / kernel:11.2f}")
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{device}: W_eff has the bits of PyTorch's formula, a second run those of the first;\n"
-          f"dW, dr and dc are within {verify(device):.0e} of float64.")
-    weights = sum(count * rows * cols for (rows, cols), count in SHAPES.items())
-    if device == "cpu":
-        print("No CUDA device here: that was the formula itself, and there is nothing to time.\n"
-              "What a GPU's table must be held against, bytes alone: one forward and backward\n"
-              f"over the {weights:,} weights of a 124M GPT at 4.8 TB/s (data sheet of an H200):")
-        for way, size in {"autocast alone": 12, "this kernel": 16.3, "PyTorch eager": 76}.items():
-            print(f"{way:>16} {size:5} bytes per weight, {size * weights / 4.8e9:.2f} ms")
-        return
-
-    from triton.testing import do_bench
-    big = torch.randn(2, 2**28, device=device)             # 1 GiB read, 1 GiB written
-    copy = big.nbytes / do_bench(lambda: big[0].copy_(big[1]), return_mode="median") / 1e6
-    del big
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.0f} GB/s\n"
-          "         shape pass            us   GB/s  of copy  x eager  x compile")
-    total = torch.zeros(3, 2)
-    for (rows, cols), count in SHAPES.items():
-        torch.compiler.reset()                             # one compilation per shape: its best
-        ways = lambda W, r, c: scale(W, r, c, torch.bfloat16), formula, torch.compile(formula)
-        sets = [example(rows, cols, torch.bfloat16, device)
-                for _ in range(max(2, 2**27 // (rows * cols)))]
-        ms = torch.stack([milliseconds(way, sets) for way in ways])
-        show(f"{rows} x {cols}", ms, rows * cols, copy)
-        total += count * ms
-    show("124M model", total, weights, copy)
-    print("what that is in a whole training step: python tests/benchmark.py")
-
-
 if __name__ == "__main__":
-    main()
+    # Compare W_eff, a second run and the gradients (largest error measured: 2e-7).
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for rows, cols, dtype in itertools.product((33, 257), (129, 1000), TYPES):
+        W, G = (torch.randn(rows, cols, device=device).to(t) for t in (torch.float32, dtype))
+        r, c = (torch.rand(n, device=device) + 0.5 for n in (rows, cols))
+        first, again = ((scale(W, r, c, dtype), *scale_backward(G, W, r, c)) for _ in range(2))
+        exact = [t.double().requires_grad_() for t in (W, r, c)]
+        exact = torch.autograd.grad(formula(*exact, torch.float64), exact, G.double())
+        close = all((a - b).norm() < 1e-6 * b.norm() for a, b in zip(first[1:], exact))
+        same = all(map(torch.equal, (first[0], *again), (formula(W, r, c, dtype), *first)))
+        if not (same and close):
+            raise SystemExit(f"scale is wrong on {device} for {dtype} and W [{rows}, {cols}]")
+    print(f"{device}: W_eff has the bits of PyTorch's formula, a second run those of the first.\n"
+          "dW, dr and dc are within a relative error of 1e-6 of float64.")

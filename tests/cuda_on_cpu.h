@@ -1,10 +1,10 @@
 // Runs the CUDA source of kernel.py on a CPU, for the tests: g++ -include this -DELEMENT=float ...
 //
-// Every CUDA thread is a coroutine on a stack of its own; it runs until it must wait for others (at
-// a barrier or a shuffle) and then hands over. Blocks run one after another. What a GPU reports as
-// an error is reported here in the same words: a touch of the forbidden pages which the test lays
-// around each buffer, a misaligned access (-fsanitize=alignment), a launch outside the limits.
-// Linux only: ucontext to start a coroutine, _setjmp/_longjmp (no system call) to switch.
+// Each CUDA thread is a coroutine with its own stack. A coroutine runs until its thread must wait
+// for others, at a barrier or a shuffle; then the next one runs. Blocks run one after another.
+// Errors have CUDA's words: an access to the forbidden pages that the test puts around each buffer,
+// a misaligned access (-fsanitize=alignment), a launch outside CUDA's limits.
+// Linux only: ucontext starts a coroutine; _setjmp/_longjmp switch coroutines.
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
@@ -57,19 +57,21 @@ struct __half {                                         // 1 sign, 5 exponent (b
 
 // ---- threads
 
-// The top FRAME bytes of a stack hold what thread_main needs, the POISON bytes below them the
-// kernel's variables. (The odd 192 keep the stacks from competing for the same cache lines.)
+// The top FRAME bytes of a stack belong to thread_main. The POISON bytes below them hold the
+// kernel's variables. (Stacks of 64 KiB + 192 bytes do not compete for the same cache lines.)
 constexpr int MAX_THREADS = 1024, STACK = (1 << 16) + 192, FRAME = 256, POISON = 1 << 11;
 static dim3 blockIdx, gridDim, blockDim, threadIdx;
 static struct Thread { jmp_buf here; bool started, finished; int shuffles; } threads[MAX_THREADS];
 alignas(64) static char stacks[MAX_THREADS][STACK];
 static jmp_buf scheduler;
-static sigjmp_buf escape;                               // out of a kernel that did wrong
+static sigjmp_buf escape;                               // the way out of a kernel with an error
+typedef const char* cudaError_t;
+static cudaError_t last_error = "no error";
 static void (*program)(void*), *arguments;
 static int self, alive;
 static bool progress;
-extern "C" { int descending = 0; }                      // set by the test: blocks and threads
-                                                        // run in ascending or descending order
+// The test sets `descending`: blocks and threads run in ascending or in descending order.
+extern "C" { int descending = 0; }
 
 static void yield() { if (!_setjmp(threads[self].here)) _longjmp(scheduler, 1); }
 
@@ -105,11 +107,16 @@ static void wait(Barrier& barrier, const int& expected) {
     else yield();
   }
 }
-static void __syncthreads() { wait(block_barrier, alive); }         // who has ended is excused
-static float __shfl_xor_sync(unsigned, float value, int mask) {     // but all 32 lanes must shuffle
+// A barrier waits for all threads of the block that have not ended.
+static void __syncthreads() { wait(block_barrier, alive); }
+
+// A shuffle waits for all 32 lanes of the warp. Each lane has two slots: in the next shuffle a fast
+// lane writes the other slot, so a slow lane can still read the first.
+static float __shfl_xor_sync(unsigned lanes, float value, int mask) {
   static const int LANES = 32;
-  const int side = threads[self].shuffles++ % 2;        // two slots, so that nobody overwrites what
-  slots[self][side] = value;                            // a slower lane has yet to read
+  if (lanes != 0xffffffff) last_error = "a partial shuffle mask", siglongjmp(escape, 1);
+  const int side = threads[self].shuffles++ % 2;
+  slots[self][side] = value;
   wait(warp_barrier[self / 32], LANES);
   return slots[self ^ mask][side];
 }
@@ -117,10 +124,8 @@ static float __shfl_xor_sync(unsigned, float value, int mask) {     // but all 3
 // ---- launches
 
 typedef void* cudaStream_t;
-typedef const char* cudaError_t;
-static cudaError_t last_error = "no error";
 static const char* cudaGetErrorString(cudaError_t e) { return e; }
-static cudaError_t cudaGetLastError() {                 // telling the error forgets it
+static cudaError_t cudaGetLastError() {                 // reading the error resets it
   const cudaError_t e = last_error;
   last_error = "no error";
   return e;
@@ -138,7 +143,7 @@ static void run_block() {
   memset(warp_barrier, 0, sizeof warp_barrier);
   for (int t = 0; t < count; t++) {
     threads[t].finished = false, threads[t].shuffles = 0;
-    memset(stacks[t] + STACK - FRAME - POISON, 0xff, POISON);   // local arrays start out as NaN
+    memset(stacks[t] + STACK - FRAME - POISON, 0xff, POISON);   // local variables start as NaN
   }
   while (alive) {
     progress = false;
