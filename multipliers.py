@@ -8,7 +8,7 @@ After some time both effects balance, and the size of W no longer changes:
 RMS(W) is the root of the mean of W_ij^2: 0.14 for lr = 0.004 and weight_decay = 0.1. The settings
 of the optimizer choose this number; the data have no say in it. (Derivation: end of this file.)
 
-The cure. Give the scale parameters of its own, which weight decay hardly touches:
+The cure. Give the scale its own parameters, which weight decay hardly touches:
 
     W_eff = s W                 one number for the matrix: "scalar"                  (eq. 2)
     W_eff = diag(r) W diag(c)   one number for each row and each column: "vector"    (eq. 3)
@@ -21,8 +21,8 @@ The gradients follow from the chain rule, with G = dL/dW_eff (eq. 4):
     dL/ds = sum of all W_ij G_ij    dL/dc_j = sum over i of r_i W_ij G_ij
 
 A multiplier's gradient sums over many entries, in which noise averages out. If G has a component
-along W, the signal-to-noise ratio is higher than that of one entry: by sqrt(in) for r_i, by
-sqrt(out) for c_j, by sqrt(in * out) for s.
+along W, the signal-to-noise ratio is sqrt(in) times that of one entry for r_i, sqrt(out) times for
+c_j, and sqrt(in * out) times for s.
 
     in the code    weight         scalar, row [out], column [in]    lr     weight_decay
     in the paper   W [out, in]    s, r, c                           eta    lambda
@@ -146,9 +146,8 @@ class MultiplierEmbedding(_Multipliers, nn.Embedding):
         return y.to(self.weight.dtype)
 
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain layers that compute the same function, up to rounding. RMSNorm
-    gains stay: every Llama-type model has them. ValueError if a weight with multipliers is tied to
-    the weight of another layer: after merging the two would differ."""
+    """A copy of the model with plain layers and the same function, up to rounding. ValueError if a
+    weight with multipliers is tied to another layer's: after merging the two would differ."""
     model = copy.deepcopy(model)
     layers = [module for module in model.modules() if isinstance(module, _Multipliers)]
     owners = {layer.weight: layer for layer in layers if layer.learned()}
@@ -178,6 +177,7 @@ def add_multipliers(model: nn.Module, kind: str = "vector", where=None) -> nn.Mo
         layer = {c.plain: c for c in (MultiplierLinear, MultiplierEmbedding)}.get(type(module))
         head = name.rsplit(".", 1)[-1] in ("head", "lm_head", "output", "embed_out", "classifier")
         if layer and (where(name) if where else not head):
+            # the module stays the same object, with the same weight; only its class changes
             module.__class__ = layer
             module.create_multipliers(kind == "scalar", kind == "vector", kind == "vector")
     return model

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_py
 from model import GPT, GPTConfig, rotary_table
-from multipliers import is_multiplier, merge
+from multipliers import MultiplierLinear, is_multiplier, merge
 
 pytestmark = pytest.mark.model
 
@@ -325,6 +325,31 @@ def test_bad_configurations_are_one_clear_sentence(bad, words):
     """A bad value, also of an inherited field, is a ValueError that says what is allowed."""
     with pytest.raises(ValueError, match=words):
         WithOptimizer(**bad).check()
+
+
+def check_norms():
+    model = tiny(multipliers="vector")
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape))
+    rows = {row.pop("name"): row for row in model.norms(7)}
+    assert len(rows) == 2 + 7 * 2 + 2 * 2 + 1 and {row["step"] for row in rows.values()} == {7}
+    up, found = model.blocks[1].mlp.up, rows["blocks.1.mlp.up"]
+    W_eff = up.row[:, None] * up.weight * up.column
+    for key, x in {"W": up.weight, "W_eff": W_eff, "row": up.row, "column": up.column}.items():
+        assert found[key] == pytest.approx(x.square().mean().sqrt().item(), rel=1e-6)
+    assert set(rows["head"]) == {"step", "W", "W_eff"}
+    assert set(rows["final_norm"]) == {"step", "gain"}
+
+
+def test_norms(monkeypatch):
+    """norms() gives the RMS of W, of W_eff and of the multipliers of each matrix, and of each gain.
+    A mutant that takes W for W_eff fails."""
+    check_norms()
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiplierLinear, "effective_weight", lambda layer: layer.weight)
+        with pytest.raises(AssertionError):
+            check_norms()
 
 
 def test_too_long_a_sequence_is_an_error():

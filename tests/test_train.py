@@ -454,7 +454,8 @@ def test_a_sample_is_by_the_merged_model(monkeypatch, capsys):
 def test_the_shards_hold_the_text_and_nothing_is_lost(vocab_size, monkeypatch):
     """Decoded shards are the documents, each behind one END, even if a document spells out END. A
     byte order mark is dropped. The tokenizer, rustbpe's, learns from the training part alone."""
-    odd = "🤖👩‍👩‍👧 e\u0301 \u202e\u00a0\t\n  " + "".join(map(chr, range(32, 55296, 97)))
+    odd = "🤖👩‍👩‍👧 e\u0301 \u202e\u00a0\t\n  "
+    odd += "".join(map(chr, range(32, 55296, 97)))
     texts, learned = {f"{i:02}.txt": f"{i} {odd}{train.END}" * 2 for i in range(40)}, []
     write("odd", {name: "\ufeff" + text.replace("\n", "\r\n") for name, text in texts.items()})
     listen(monkeypatch, train, "train_tokenizer", lambda _, texts, size: learned.extend(texts))
