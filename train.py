@@ -131,7 +131,6 @@ def parameter_groups(model: GPT, config: Config) -> list[dict]:
         "gain": settings("adamw", lr, 0.0),
         "multiplier": settings("adamw", config.multiplier_lr, config.multiplier_weight_decay,
                                clip=config.clip_multipliers)}
-
     def kind_of(name):
         # e.g. blocks.0.attn.q.weight, blocks.0.mlp_norm.gain, head.weight, embedding.row
         parts = name.split(".")
@@ -391,13 +390,15 @@ def draw(result: dict, file) -> str:
                       label="1 / (2 lr decay)")
     # in the last part of the run the lr falls, and the norms with it: compare before that
     stable = np.searchsorted(steps, c.steps * (1 - c.decay_fraction), "right") - 1
-    rms, scales, turns = np.median(W[stable]), W_eff[-1] / W[-1], c.lr * c.weight_decay * c.steps
+    rms, turns = np.median(W[stable]), c.lr * c.weight_decay * c.steps
     there = "there" if turns > 1 and 2 / 3 < rms / law < 3 / 2 else "not there yet"
     verdict = f"{there}: hidden RMS(W) {rms:.3f}, law {law:.3f}; lr * decay * steps = {turns:.1f}"
     right.set(xlabel="step", ylabel="RMS", yscale="log", xlim=(0, c.steps), title=verdict)
     left.legend(), right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(file, dpi=120, format="png")
-    return f"{verdict}; learned RMS(W_eff) / RMS(W): {scales.min():.2f} to {scales.max():.2f}"
+    ends = [row for row in result["norms"] if row["step"] == steps[-1] and "W" in row]
+    scales = [row["W_eff"] / row["W"] for row in ends]
+    return f"{verdict}; learned RMS(W_eff) / RMS(W): {min(scales):.2f} to {max(scales):.2f}"
 
 def sample(folder: str, config: Config) -> str:
     """Text by the model of the run in the folder; the text begins with config.prompt."""
@@ -413,7 +414,6 @@ def sample(folder: str, config: Config) -> str:
     return tokenizer.decode([t for t in tokens if t < tokenizer.n_vocab])
 
 # ---------------------------------------------------------------- text to tokens to batches
-#
 # A text becomes a folder in data/ with tokenizer.tiktoken, train.bin and val.bin. A .bin file, a
 # "shard", is a header of 1024 bytes and one uint16 for each token, as in llm.c. A batch is windows
 # of block_size + 1 tokens at random places of these files.

@@ -432,7 +432,7 @@ def test_the_sentence_about_the_norms(ratio, changes, verdict, tmp_path):
     log = [{"step": 1, "loss": 5.0}, {"step": c.steps, "loss": 2.0, "val_loss": 2.1}]
     sentence = train.draw({"config": asdict(c), "log": log, "norms": rows}, tmp_path / "run.png")
     assert sentence.startswith(verdict)
-    assert f"RMS(W) {rms:.3f}" in sentence and "1.50 to 3.00" in sentence
+    assert f"RMS(W) {rms:.3f}" in sentence and "1.00 to 3.00" in sentence
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 def test_a_sample_is_by_the_merged_model(monkeypatch, capsys):
