@@ -24,7 +24,7 @@ from multipliers import MULTIPLIERS, MultiplierEmbedding, MultiplierLinear, plac
 @dataclass
 class GPTConfig:
     """The shape of a GPT."""
-    vocab_size: int = 4096         # different tokens
+    vocab_size: int = 4096         # different tokens; 257: single bytes and an end
     block_size: int = 128          # longest context, in tokens
     n_layer: int = 4               # blocks
     n_head: int = 4                # attention heads in a block

@@ -60,7 +60,7 @@ class Config(GPTConfig):
     data: str = "stdlib"                    # stdlib, fineweb, a text file, a folder, or shards
     device: str = "auto"                    # auto, cpu, cuda, cuda:1, mps
     seed: int = 0                           # of the initial weights, the batches and the sample
-    out: str = ""                           # folder of the run (default: a new one in runs/)
+    out: str = ""                           # folder of the run, instead of a new one in runs/
     optimizer: Literal["adamw", "muon"] = "adamw"            # of the matrices inside the blocks
     steps: int = 1500                       # optimizer steps
     batch_size: int = 8                     # windows in a forward pass; halve it to save memory
