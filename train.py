@@ -8,8 +8,7 @@
     python train.py --resume runs/vector-adamw-s0
     python train.py --sample runs/vector-adamw-s0 --prompt "def main("
 
-The paper's recipe is in "which parameter is trained how". Measuring, the loop and checkpoints
-follow. Read "text to tokens to batches", near the end, last.
+The paper's recipe is in "which parameter is trained how". Read "text to tokens to batches" last.
 """
 import base64
 import ctypes
@@ -101,7 +100,6 @@ PRESETS = {
     "tiny": dict(vocab_size=257, n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=4,
                  steps=2000, weight_decay=0.3, multiplier_lr=4e-3, warmup_steps=50,
                  eval_windows=512),
-    # not tuned yet
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=32, steps=1200),
     # GPT-2's blocks, 85 million parameters, 524,288 tokens in a step: see figures/README.md
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32, accumulate=16,
@@ -111,7 +109,6 @@ PRESETS = {
 # ---------------------------------------------------------------- which parameter is trained how
 def parameter_groups(model: GPT, config: Config) -> list[dict]:
     """Six kinds of parameters. Every parameter is in exactly one group.
-
     [LRM] Multipliers are vectors and numbers: AdamW trains them, never Muon. Their weight decay of
     0.002 only keeps redundant multipliers from drifting apart (paper, 4.1).
     S, for the paper's norm experiments (section 3, App. B), multiplies an lr and divides the weight
@@ -299,11 +296,10 @@ def train(config: Config, stop: Event | None = None, quiet: bool = False) -> dic
 
 # ---------------------------------------------------------------- checkpoints
 def write_whole(path: Path, write) -> None:
-    """Write a temporary file, then rename it: a crash or a full disk leaves a whole file."""
+    """Call write(temporary path), then rename: a crash or a full disk leaves a whole file."""
     partial = path.with_name(f".partial-{path.name}")
     try:
-        with open(partial, "wb") as file:
-            write(file)
+        write(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -316,14 +312,18 @@ def save(config, corpus, model, optimizers, generator, step, log, norm_log) -> N
                   "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                   "batches": generator.get_state(), "tokenizer": corpus.lines,
                   "text": corpus.fingerprint}
-    write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    def write_checkpoint(path):
+        # given a path, torch.save would not report a full disk as an OSError
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+    write_whole(out / "checkpoint.pt", write_checkpoint)
     texts = {"config.json": json.dumps(settings, indent=1)}
     for name, rows in (("log.csv", log), ("norms.csv", norm_log)):
         keys = list(dict.fromkeys(key for row in rows for key in row))
         lines = [keys, *([str(row.get(key, "")) for key in keys] for row in rows)]
         texts[name] = "\n".join(map(",".join, lines)) + "\n"
     for name, text in texts.items():
-        write_whole(out / name, lambda file: file.write(text.encode("utf-8")))
+        write_whole(out / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 def load(folder: str) -> tuple[GPT, dict]:
     """The model of a run, and all that its checkpoint holds. Raises OSError or ValueError."""
@@ -362,7 +362,7 @@ def print_groups(groups: list[dict]) -> None:
         print(f"{g['kind']:<11}{len(g['params']):>8}{numbers:>12,}  {g['optimizer']:<9}"
               f"{g['lr']:>9.2g}{g['weight_decay']:>9.2g}  {counts}")
 
-def draw(result: dict, file) -> str:
+def draw(result: dict, path: Path) -> str:
     """run.png. Left: the losses. Right: where the norms of the matrices went, and the law. Returns
     in words whether they have reached the norm that lr and weight decay dictate."""
     c, figure = Config(**result["config"]), Figure(figsize=(12, 4), layout="constrained")
@@ -395,7 +395,7 @@ def draw(result: dict, file) -> str:
     verdict = f"{there}: hidden RMS(W) {rms:.3f}, law {law:.3f}; lr * decay * steps = {turns:.1f}"
     right.set(xlabel="step", ylabel="RMS", yscale="log", xlim=(0, c.steps), title=verdict)
     left.legend(), right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(file, dpi=120, format="png")
+    figure.savefig(path, dpi=120, format="png")
     ends = [row for row in result["norms"] if row["step"] == steps[-1] and "W" in row]
     scales = [row["W_eff"] / row["W"] for row in ends]
     return f"{verdict}; learned RMS(W_eff) / RMS(W): {min(scales):.2f} to {max(scales):.2f}"
@@ -638,7 +638,7 @@ def show(config: Config, result: dict) -> None:
         return
     final, bar = result["log"][-1], "-" * 60
     print(f"a sample:\n{bar}\n{sample(config.out, config)}\n{bar}")
-    write_whole(Path(config.out, "run.png"), lambda file: print(draw(result, file)))
+    write_whole(Path(config.out, "run.png"), lambda path: print(draw(result, path)))
     print(f"saved in {config.out}: run.png, checkpoint.pt, config.json, log.csv, norms.csv\n"
           f"final: val loss {final['val_loss']:.4f} nats/token, {final['val_bits']:.4f} bits/byte")
 
