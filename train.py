@@ -4,22 +4,20 @@
     python train.py --multipliers none         # the baseline: same batches, same initial weights
     python train.py --optimizer muon           # Muon for the matrices inside the blocks
     python train.py --data my_book.txt         # a text file, a folder of them, or token shards
-    torchrun --nproc_per_node=8 train.py --preset gpt2 --data fineweb     # on eight GPUs
     python train.py --resume runs/vector-adamw-s0
     python train.py --sample runs/vector-adamw-s0 --prompt "def main("
 
 The paper's recipe is in "which parameter is trained how". Read "text to tokens to batches" last.
 """
 import base64
-import ctypes
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
@@ -42,8 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
-from multipliers import (is_multiplier, merge, optimizer_groups, relaxation_steps, small_step_rms,
-                         use_kernel)
+from multipliers import is_multiplier, merge, optimizer_groups, small_step_rms, use_kernel
 from muon import Muon, matmul_dtype
 
 HOME = Path(os.environ.get("LRM_HOME", Path(__file__).parent))      # the place of data/ and runs/
@@ -56,7 +53,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class Config(GPTConfig):
     """Every setting of a run; GPTConfig has those of the model. n_layer is the flag --n-layer."""
     preset: Literal["auto", "cpu", "gpu", "tiny", "gpt2"] = "auto"   # auto: gpu if there is one
-    data: str = "stdlib"                    # stdlib, fineweb, a text file, a folder, or shards
+    data: str = "stdlib"                    # stdlib, a text file, a folder, or token shards
     device: str = "auto"                    # auto, cpu, cuda, cuda:1, mps
     seed: int = 0                           # of the initial weights, the batches and the sample
     out: str = ""                           # folder of the run, instead of a new one in runs/
@@ -176,16 +173,15 @@ def add_up(*numbers: float) -> list[float]:
 @torch.no_grad()
 def evaluate(model: GPT, corpus: "Corpus", config: Config, device: torch.device) -> dict:
     """On the fixed validation windows: the loss in nats per token, and in bits per byte of text,
-    which can be compared between vocabularies; the RMS of the logits."""
-    sums = np.zeros(4)
+    which can be compared between vocabularies."""
+    sums = np.zeros(3)
     for x, y in corpus.val_batches(config.batch_size, config.eval_windows):
         with autocast(device):
             # model.forward is not compiled: compiling it would take longer than it saves
-            logits, loss = model.forward(x.to(device), y.to(device))
-        square, n_bytes = logits.float().square().mean(), corpus.token_bytes[y.numpy()].sum()
-        sums += [loss.item() * y.numel(), square.item() * y.numel(), y.numel(), n_bytes]
-    nats, squares, tokens, n_bytes = add_up(*sums)
-    return {"val_loss": nats / tokens, "logit_rms": math.sqrt(squares / tokens),
+            loss = model.forward(x.to(device), y.to(device))[1]
+        sums += [loss.item() * y.numel(), y.numel(), corpus.token_bytes[y.numpy()].sum()]
+    nats, tokens, n_bytes = add_up(*sums)
+    return {"val_loss": nats / tokens,
             "val_bits": nats / math.log(2) / n_bytes if n_bytes else math.nan}
 
 # ---------------------------------------------------------------- the loop
@@ -197,6 +193,7 @@ def pick_device(name: str) -> torch.device:
     try:
         # of several processes on a machine, each takes a GPU of its own
         name = f"cuda:{RANK % torch.cuda.device_count()}" if name == "cuda" and WORLD > 1 else name
+        torch.ones(1, device=name).item()
         return torch.ones(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}")
@@ -204,20 +201,15 @@ def pick_device(name: str) -> torch.device:
 def train(config: Config, stop: Event | None = None, quiet: bool = False) -> dict:
     """Train; return {"config", "step", "log", "norms"}: the last two are lists of rows. With a
     folder config.out every evaluation is followed by a checkpoint. Once `stop` is set, the run
-    saves after the step under way, and ends. Raises ValueError, or OSError for a file."""
+    saves after this step, without evaluating, and ends. Raises ValueError or OSError."""
     config.check()
     if config.batch_size * config.accumulate % WORLD:
         raise ValueError(f"batch_size * accumulate must be a multiple of {WORLD} processes")
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if sys.platform == "linux":
-        # Linux's C library returns memory to the system after a step. The next step then waits for
-        # new memory, filled with zeros: a tenth of its time. Keep 1 GB (-2: M_TOP_PAD, malloc.h).
-        ctypes.CDLL(None).mallopt(-2, 2 ** 30)
     tokens_per_step = config.batch_size * config.accumulate * config.block_size
-    corpus = Corpus(config.data, config.block_size, config.vocab_size,
-                    config.steps * tokens_per_step)
+    corpus = Corpus(config.data, config.block_size, config.vocab_size)
     # a text may have fewer tokens than asked for, and shards have the tokens that they have
     config = replace(config, vocab_size=corpus.vocab_size)
     model = GPT(config, config.seed).to(device)
@@ -236,7 +228,10 @@ def train(config: Config, stop: Event | None = None, quiet: bool = False) -> dic
     if config.resume:
         step, log, norm_log = restore(config, corpus, model, optimizers, generator)
     if not quiet:
-        print(corpus.about)
+        say(corpus.about)
+        passes = config.steps * tokens_per_step / int(corpus.ends["train"][-1])
+        if passes > 2:
+            say(f"reading the text {passes:.1f} times, {config.steps / passes:.0f} steps each")
         print_groups(groups)
     # disable=None: the bar appears only on a terminal
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=quiet or None)
@@ -247,12 +242,8 @@ def train(config: Config, stop: Event | None = None, quiet: bool = False) -> dic
             # each group has a peak lr of its own
             group["lr"] = group["initial_lr"] * factor
         X, Y = corpus.train_batch(config.batch_size * config.accumulate, generator)
-        pieces = list(zip(X.split(config.batch_size), Y.split(config.batch_size)))
         train_loss = 0.0
-        for i, (x, y) in enumerate(pieces, 1):
-            if WORLD > 1:
-                # average over the processes once, after the last piece
-                parallel.require_backward_grad_sync = i == len(pieces)
+        for x, y in zip(X.split(config.batch_size), Y.split(config.batch_size)):
             with autocast(device):
                 loss = parallel(x.to(device), y.to(device))[1] * (len(x) / len(X))
             loss.backward()
@@ -266,7 +257,7 @@ def train(config: Config, stop: Event | None = None, quiet: bool = False) -> dic
 
         # if one process has to stop, all stop
         stopping = add_up(stop is not None and stop.is_set())[0] > 0
-        evaluating = step % config.eval_interval == 0 or step == config.steps
+        evaluating = step == config.steps or not stopping and step % config.eval_interval == 0
         measuring = evaluating or step % config.log_interval == 0
         if not (measuring or stopping):
             continue
@@ -284,10 +275,14 @@ def train(config: Config, stop: Event | None = None, quiet: bool = False) -> dic
             norm_log += model.norms(step)
         if (evaluating or stopping) and config.out:
             save(config, corpus, model, optimizers, generator, step, log, norm_log)
+            if evaluating and row["val_loss"] == min(r.get("val_loss", math.inf) for r in log):
+                write_whole(Path(config.out, "best.pt"), lambda file: file.write(
+                    Path(config.out, "checkpoint.pt").read_bytes()))
         bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:,.0f}")
         if evaluating and not quiet:
-            bar.write(f"step {step:>6}: val loss {row['val_loss']:.4f} nats/token, "
-                      f"{row['val_bits']:.4f} bits/byte", file=sys.stdout)
+            bar.clear()
+            say(f"step {step:>6}: val loss {row['val_loss']:.4f} nats/token, "
+                f"{row['val_bits']:.4f} bits/byte")
         if stopping:
             break
         clock, clock_step = time.perf_counter(), step
@@ -296,10 +291,11 @@ def train(config: Config, stop: Event | None = None, quiet: bool = False) -> dic
 
 # ---------------------------------------------------------------- checkpoints
 def write_whole(path: Path, write) -> None:
-    """Call write(temporary path), then rename: a crash or a full disk leaves a whole file."""
+    """write(file), then rename: a crash or a full disk leaves the old file or the new one."""
     partial = path.with_name(f".partial-{path.name}")
     try:
-        write(partial)
+        with open(partial, "wb") as file:
+            write(file)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -312,22 +308,19 @@ def save(config, corpus, model, optimizers, generator, step, log, norm_log) -> N
                   "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                   "batches": generator.get_state(), "tokenizer": corpus.lines,
                   "text": corpus.fingerprint}
-    def write_checkpoint(path):
-        # given a path, torch.save would not report a full disk as an OSError
-        with open(path, "wb") as file:
-            torch.save(checkpoint, file)
-    write_whole(out / "checkpoint.pt", write_checkpoint)
+    write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
     texts = {"config.json": json.dumps(settings, indent=1)}
     for name, rows in (("log.csv", log), ("norms.csv", norm_log)):
         keys = list(dict.fromkeys(key for row in rows for key in row))
         lines = [keys, *([str(row.get(key, "")) for key in keys] for row in rows)]
         texts[name] = "\n".join(map(",".join, lines)) + "\n"
     for name, text in texts.items():
-        write_whole(out / name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(out / name, lambda file: file.write(text.encode("utf-8")))
 
-def load(folder: str) -> tuple[GPT, dict]:
-    """The model of a run, and all that its checkpoint holds. Raises OSError or ValueError."""
-    with open(Path(folder, "checkpoint.pt"), "rb") as f:
+def load(run: str) -> tuple[GPT, dict]:
+    """The model of a run (a folder, or one .pt file in it), and all that its checkpoint holds.
+    Raises OSError or ValueError."""
+    with open(run if Path(run).is_file() else Path(run, "checkpoint.pt"), "rb") as f:
         try:
             saved = torch.load(f, map_location="cpu", weights_only=True)
             model = GPT(Config(**saved["config"]))
@@ -355,14 +348,21 @@ def restore(config, corpus, model, optimizers, generator) -> tuple[int, list, li
     return saved["step"], saved["log"], saved["norms"]
 
 # ---------------------------------------------------------------- what a run shows
+def say(text: str) -> None:
+    """print, but a reader that has gone (`| head`, a closed terminal) does not end the run."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
 def print_groups(groups: list[dict]) -> None:
-    print("parameters  tensors     numbers  optimizer       lr    decay  in clip norm")
+    say("parameters  tensors     numbers  optimizer       lr    decay  in clip norm")
     for g in groups:
         numbers, counts = sum(p.numel() for p in g["params"]), "yes" if g["clip"] else "no"
-        print(f"{g['kind']:<11}{len(g['params']):>8}{numbers:>12,}  {g['optimizer']:<9}"
-              f"{g['lr']:>9.2g}{g['weight_decay']:>9.2g}  {counts}")
+        say(f"{g['kind']:<11}{len(g['params']):>8}{numbers:>12,}  {g['optimizer']:<9}"
+            f"{g['lr']:>9.2g}{g['weight_decay']:>9.2g}  {counts}")
 
-def draw(result: dict, path: Path) -> str:
+def draw(result: dict, file) -> str:
     """run.png. Left: the losses. Right: where the norms of the matrices went, and the law. Returns
     in words whether they have reached the norm that lr and weight decay dictate."""
     c, figure = Config(**result["config"]), Figure(figsize=(12, 4), layout="constrained")
@@ -386,8 +386,6 @@ def draw(result: dict, path: Path) -> str:
     law = c.norm_scale * small_step_rms(c.lr, c.weight_decay) if c.weight_decay else math.inf
     if c.weight_decay:
         right.axhline(law, color="black", ls="--", label="law: S sqrt(lr / 2 decay)")
-        right.axvline(relaxation_steps(c.lr, c.weight_decay), color="black", ls=":",
-                      label="1 / (2 lr decay)")
     # in the last part of the run the lr falls, and the norms with it: compare before that
     stable = np.searchsorted(steps, c.steps * (1 - c.decay_fraction), "right") - 1
     rms, turns = np.median(W[stable]), c.lr * c.weight_decay * c.steps
@@ -395,7 +393,7 @@ def draw(result: dict, path: Path) -> str:
     verdict = f"{there}: hidden RMS(W) {rms:.3f}, law {law:.3f}; lr * decay * steps = {turns:.1f}"
     right.set(xlabel="step", ylabel="RMS", yscale="log", xlim=(0, c.steps), title=verdict)
     left.legend(), right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(file, dpi=120, format="png")
     ends = [row for row in result["norms"] if row["step"] == steps[-1] and "W" in row]
     scales = [row["W_eff"] / row["W"] for row in ends]
     return f"{verdict}; learned RMS(W_eff) / RMS(W): {min(scales):.2f} to {max(scales):.2f}"
@@ -460,13 +458,18 @@ def load_tokenizer(lines: str) -> tiktoken.Encoding | None:
                              special_tokens={END: len(ranks)})
 
 def read_texts(root: Path, stdlib: bool) -> dict[str, str]:
-    """Name -> text of every file below root, or of root itself; but not of runs, prepared texts,
-    and files that are not UTF-8."""
-    paths, left_out = [root] if root.is_file() else [], NOT_STDLIB if stdlib else HIDDEN
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if "checkpoint.pt" in names or "tokenizer.tiktoken" in names:
+    """Name -> text of the UTF-8 files below root, or of root; not of runs and prepared texts."""
+    paths, seen, left_out = [root] * root.is_file(), set(), NOT_STDLIB if stdlib else HIDDEN
+    def give_up(error):
+        raise error
+    walk = os.walk(root, onerror=give_up, followlinks=True)
+    for folder, folders, names in walk if root.is_dir() else []:
+        # a link can lead back to a folder that was read before
+        place = os.path.realpath(folder)
+        if place in seen or "checkpoint.pt" in names or "tokenizer.tiktoken" in names:
             folders[:], names = [], []
-        folders[:] = [name for name in folders if not re.fullmatch(left_out, name)]
+        seen.add(place)
+        folders[:] = [name for name in sorted(folders) if not re.fullmatch(left_out, name)]
         paths += [Path(folder, name) for name in names if not re.fullmatch(left_out, name)
                   and (name.endswith(".py") or not stdlib)]
     texts = {path.relative_to(root).as_posix(): path.read_text("utf-8-sig", "surrogateescape")
@@ -474,7 +477,7 @@ def read_texts(root: Path, stdlib: bool) -> dict[str, str]:
     # a byte that is not UTF-8 has become one of the characters dc80 to dcff
     others = {name for name, text in texts.items() if re.search("[\0\udc80-\udcff]", text)}
     if others:
-        print(f"left out, not UTF-8 text: {len(others)} files, {', '.join(sorted(others)[:5])}")
+        say(f"left out, not UTF-8 text: {len(others)} files, {', '.join(sorted(others)[:5])}")
     return {name: text for name, text in texts.items() if name not in others}
 
 def split(texts: dict[str, str]) -> dict[str, list[str]]:
@@ -490,8 +493,7 @@ def split(texts: dict[str, str]) -> dict[str, list[str]]:
 def prepare(data: str, vocab_size: int) -> Path:
     """The folder with the tokenizer and the tokens of a text. The same text is prepared once."""
     stdlib = data == "stdlib"
-    root = Path(sysconfig.get_paths()["stdlib"] if stdlib else data or "(no name)")
-    root = root.resolve(strict=True)
+    root = Path(os.__file__).parent if stdlib else Path(data or "(no name)").resolve(strict=True)
     texts, digest = read_texts(root, stdlib), hashlib.sha256(str(vocab_size).encode("utf-8"))
     if not any(map(str.strip, texts.values())):
         raise ValueError(f"{data} holds no UTF-8 text to train on")
@@ -500,10 +502,18 @@ def prepare(data: str, vocab_size: int) -> Path:
     for name, text in texts.items():
         digest.update(f"{name}\0{text}\0".encode("utf-8", "surrogateescape"))
     folder = DATA / f"{'stdlib' if stdlib else root.stem}-{digest.hexdigest()[:10]}"
-    if folder.exists():
+    def sizes(folder):
+        return str(sorted((path.name, path.stat().st_size) for path in folder.glob("*.*")))
+    # after a crash of the machine, files can be missing or cut short
+    marker = folder / "sizes"
+    if marker.exists() and marker.read_text(encoding="utf-8") == sizes(folder):
         return folder
+    # remove such a folder, and what processes that died left a day ago
+    for old in (folder, *DATA.glob(".partial-*")):
+        if old == folder or time.time() - old.stat().st_mtime > 86400:
+            shutil.rmtree(old, ignore_errors=True)
     label = f"standard library of Python {sys.version.split()[0]}" if stdlib else data
-    print(f"preparing {label}")
+    say(f"preparing {label}")
     parts, about = split(texts), f"text: {label}, {len(texts)} files"
     lines = train_tokenizer(parts["train"], vocab_size)
     tokenizer = load_tokenizer(lines)
@@ -518,37 +528,22 @@ def prepare(data: str, vocab_size: int) -> Path:
             about += f", {len(tokens):,} tokens ({part})"
         (made / "tokenizer.tiktoken").write_text(lines, encoding="utf-8")
         (made / "about.txt").write_text(about, encoding="utf-8")
+        (made / "sizes").write_text(sizes(made), encoding="utf-8")
         # another process may have been faster
         with suppress(OSError):
             made.rename(folder)
     return folder
 
-def fineweb(tokens: int) -> list[Path]:
-    """The shards of FineWeb, in GPT-2's tokens, for a run of so many tokens, downloaded if missing:
-    one for validation, 103 for training, 10^8 tokens and 200 MB each."""
-    names = ["val_000000", *(f"train_{i + 1:06}" for i in range(min(103, -(-tokens // 10 ** 8))))]
-    paths = [DATA / "fineweb10B" / f"fineweb_{name}.bin" for name in names]
-    for path in paths:
-        if not path.exists():
-            from huggingface_hub import hf_hub_download       # pip install huggingface_hub
-            hf_hub_download("kjj0/fineweb10B-gpt2", path.name, repo_type="dataset",
-                            local_dir=path.parent)
-    return paths
-
 class Corpus:
     """The shards of a text, and batches of windows from them."""
 
-    def __init__(self, data: str, block_size: int, vocab_size: int = 4096, tokens: int = 1):
-        """tokens: how many the run will read, which decides how much of FineWeb it needs."""
-        self.block_size = block_size
-        place = Path(data)
-        paths = fineweb(tokens) if data == "fineweb" else [place] if place.suffix == ".bin" else (
+    def __init__(self, data: str, block_size: int, vocab_size: int = 4096):
+        self.block_size, place = block_size, Path(data)
+        paths = [place] if place.suffix == ".bin" else (
             sorted(place.glob("*.bin")) or sorted(prepare(data, vocab_size).glob("*.bin")))
         # "val" must be a word of the name: interval_1.bin is for training
         val = [read_shard(p) for p in paths if "val" in re.split("[^a-z]+", p.stem)]
         train = [read_shard(p) for p in paths if "val" not in re.split("[^a-z]+", p.stem)]
-        if data == "fineweb":
-            val = [val[0][:10 * 2 ** 20 + 1]]     # the part on which others measure
         if train and not val:
             cut = len(train[-1]) * 9 // 10
             train[-1], val = train[-1][:cut], [train[-1][cut:]]
@@ -613,6 +608,8 @@ def new_folder(config: Config) -> str:
     """The folder of the run: resumed, or new (--out, or the first name in runs/ that is free)."""
     if config.out or config.resume:
         Path(config.out or config.resume).mkdir(parents=True, exist_ok=not config.out)
+        # a folder that cannot be written to is an error now, not after an hour
+        tempfile.TemporaryFile(dir=config.out or config.resume).close()
         return config.out or config.resume
     for i in count(1):
         name = f"{config.multipliers}-{config.optimizer}-s{config.seed}{f'-{i}' * (i > 1)}"
@@ -633,14 +630,18 @@ def stop_at_signals() -> Event:
 def show(config: Config, result: dict) -> None:
     """What a run prints at its end, and run.png."""
     if result["step"] < config.steps:
-        print(f"stopped after step {result['step']} of {config.steps} and saved; to go on: "
-              f"python train.py --resume {config.out}")
+        say(f"stopped after step {result['step']} of {config.steps} and saved; to go on: "
+            f"python train.py --resume {config.out}")
         return
     final, bar = result["log"][-1], "-" * 60
-    print(f"a sample:\n{bar}\n{sample(config.out, config)}\n{bar}")
-    write_whole(Path(config.out, "run.png"), lambda path: print(draw(result, path)))
-    print(f"saved in {config.out}: run.png, checkpoint.pt, config.json, log.csv, norms.csv\n"
-          f"final: val loss {final['val_loss']:.4f} nats/token, {final['val_bits']:.4f} bits/byte")
+    say(f"a sample:\n{bar}\n{sample(config.out, config)}\n{bar}")
+    write_whole(Path(config.out, "run.png"), lambda file: say(draw(result, file)))
+    say(f"saved in {config.out}: run.png, checkpoint.pt, config.json, log.csv, norms.csv")
+    best = min((row for row in result["log"] if "val_loss" in row), key=lambda r: r["val_loss"])
+    if best is not final:
+        say(f"the val loss was lowest, {best['val_loss']:.4f}, at step {best['step']}: "
+            f"python train.py --sample {config.out}/best.pt")
+    say(f"final: val loss {final['val_loss']:.4f} nats/token, {final['val_bits']:.4f} bits/byte")
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, or sample. An error that the user can mend is one sentence, and the exit code is 2."""
@@ -648,7 +649,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse(arguments)
         if config.sample:
-            print(sample(config.sample, config))
+            say(sample(config.sample, config))
             return 0
         config.check()
         made = config.out = new_folder(config) if RANK == 0 else ""
@@ -660,15 +661,14 @@ def main(arguments: list[str] | None = None) -> int:
         if RANK == 0:
             show(config, result)
         return 0
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # the user can mend files, packages, memory, and what a `raise` says; show other faults
+    except (ValueError, OSError, RuntimeError) as error:
+        # the user can mend files, memory, and what a `raise` says; show other faults
         raised = traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise")
         memory = re.search("out of memory|can't allocate memory", str(error))
-        if not (raised or memory or isinstance(error, (OSError, ImportError))):
+        if not (raised or memory or isinstance(error, OSError)):
             raise
-        hint = ("; half the --batch-size and twice the --accumulate need less" if memory else
-                f": pip install {error.name}" if isinstance(error, ImportError) else "")
-        print(f"error: {error}{hint}", file=sys.stderr)
+        hint = "; half the --batch-size and twice the --accumulate need less" if memory else ""
+        print(f"error: {' '.join(str(error).splitlines()[:2])}{hint}", file=sys.stderr)
         return 2
     finally:
         # a run that saved nothing leaves no folder

@@ -27,7 +27,6 @@ some MB. MFU, model FLOPs utilisation: flops_per_token * tokens per second / pea
 Targets follow, missed ones too. The median decides; "within noise": the target is in the interval.
 """
 import argparse
-import ctypes
 import math
 import multiprocessing
 import os
@@ -280,9 +279,6 @@ def timed(call, device: torch.device, calls: int = 1) -> float:
 
 def prepare(name: str, config: Config):
     """The measurement of one row: a function that returns seconds per step."""
-    if sys.platform == "linux":
-        # train.train() makes the same call and says why; all rows shall have this advantage
-        ctypes.CDLL(None).mallopt(-2, 2 ** 30)
     if name == "train.train()":
         return lambda: our_loop(config)
     step = (plain_step(config) if name == "plain loop" else
