@@ -227,7 +227,7 @@ def scale(W: Tensor, r: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     # CUDA refuses a grid without blocks, so an empty W goes to the formula.
     return (forward_cuda if W.is_cuda and W.numel() else formula)(W, r, c, dtype)
 
-@torch.library.custom_op("multipliers::scale_backward", mutates_args=())
+@torch.library.custom_op("multipliers::scale_backward", mutates_args=())  # exercise 11
 def scale_backward(G: Tensor, W: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dW [out, in], dr [out], dc [in] in W's dtype, from G = dL/dW_eff [out, in] (eq. 4)."""
     validate(W, r, c, G.dtype, G)

@@ -61,7 +61,7 @@ class _Multipliers:
         """Names of the multipliers that this layer has, e.g. ["row", "column"]."""
         return [name for name in MULTIPLIERS if getattr(self, name) is not None]
 
-    def effective_weight(self) -> Tensor:
+    def effective_weight(self) -> Tensor:  # exercise 1
         """W_eff [out, in] = s W or diag(r) W diag(c), in the dtype of W."""
         W = self.weight
         if self.scalar is not None:
@@ -145,7 +145,7 @@ class MultiplierEmbedding(_Multipliers, nn.Embedding):
             y = y * self.column
         return y.to(self.weight.dtype)
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module) -> nn.Module:  # exercise 2
     """A copy of the model with plain layers and the same function, up to rounding. ValueError if a
     weight with multipliers is tied to another layer's: after merging the two would differ."""
     model = copy.deepcopy(model)
@@ -208,7 +208,7 @@ SYMMETRY_FREE = {
 # multiplier. A row multiplier would let the model fit the frequency of each token directly, before
 # it learns features; the paper found a higher loss with it (section 4.4).
 
-def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, bool]:
+def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, bool]:  # exercise 3
     """The keyword arguments scalar, row, column for a matrix (a key of SYMMETRY_FREE, or "head").
     multipliers: "none", "scalar" or "vector". placement: "all" matrices but the head (as in the
     paper), "symmetry_free" (above), or only those of the "mlp" (the paper's Appendix B)."""
@@ -236,7 +236,7 @@ def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, boo
 # the head does not (analysis.ipynb).
 
 def equilibrium_rms(lr: float, weight_decay: float, *, beta: float = 0.9,
-                    update_rms: float | None = None) -> float:
+                    update_rms: float | None = None) -> float:  # exercise 4
     """RMS(W) at which weight decay balances pure gradient noise: the fixed point of (*).
 
     beta is the momentum; update_rms is U, the RMS of an entry of u:

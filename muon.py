@@ -34,7 +34,7 @@ import math
 
 import torch
 
-def newton_schulz(G, coefficients, steps, eps):
+def newton_schulz(G, coefficients, steps, eps):  # exercise 5
     """About U V^T of a matrix G[out, in], or of each in a batch G[n, out, in], in the dtype of G.
 
     Jordan's (3.4445, -4.7750, 2.0315) are fast, not exact: after 5 steps every singular value that
@@ -107,7 +107,7 @@ class Muon(torch.optim.Optimizer):
         self.param_groups.append(group)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # exercise 6
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
