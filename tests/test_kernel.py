@@ -1,5 +1,5 @@
 """Tests of kernel.py: the op on CPU tensors; the CUDA source, executed on the CPU by cuda_on_cpu.h;
-mutants of the source; nvcc's build; the GPU; the kernel in a model.
+mutants of the source; nvcc's build; the GPU.
 
 Only a GPU shows races (the emulated threads never run at the same time) and speed.
 """
@@ -21,8 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel
 from kernel import TYPES, scale, scale_backward
-from model import GPT, GPTConfig
-from multipliers import use_kernel
 
 pytestmark = pytest.mark.kernel
 HERE = Path(__file__).parent
@@ -47,15 +45,6 @@ def check(results, W, r, c, G, case=""):
         assert (error <= 5e-7 * size).all(), f"{name} {case}"              # also fails for NaN
 
 # ---------------------------------------------------------------- the op on CPU tensors
-def test_gradients_agree_with_finite_differences():
-    """The backward formulas are the derivatives of the forward formula. A scalar s that is folded
-    into r gets its gradient too."""
-    W, r, c, _ = example(5, 7, FP32)
-    inputs = [t.double().requires_grad_() for t in (torch.tensor(1.3), W, r, c)]
-    folded = lambda s, W, r, c: scale(W, s * r, c, torch.float64)
-    assert torch.autograd.gradcheck(folded, inputs)
-    wrong = lambda s, W, r, c: folded(s, W, r, c.detach()) * c / c.detach() ** 2
-    assert not torch.autograd.gradcheck(wrong, inputs, raise_exception=False)
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "empty"])
 def test_op_on_cpu(layout):
@@ -68,15 +57,6 @@ def test_op_on_cpu(layout):
     inputs = [t.detach().requires_grad_() for t in (W, r, c)]
     torch.library.opcheck(scale, (*inputs, dtype))
     torch.library.opcheck(scale_backward, (G, W, r, c))
-
-def test_compiles_into_one_graph():
-    """torch.compile(fullgraph=True) accepts the op and gives the gradients of eager mode."""
-    W, r, c, _ = example(64, 32, BF16)
-    inputs, x = [t.requires_grad_() for t in (W, r, c)], torch.randn(8, 32).bfloat16()
-    loss = lambda W, r, c: (x @ scale(W, 2 * r, c, BF16).T).float().square().sum()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for a, b in zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))):
-        assert torch.equal(a, b)
 
 @pytest.mark.parametrize("bad", [
     lambda W, r, c: scale(W, c, r, BF16),                              # r and c exchanged
@@ -97,20 +77,6 @@ def test_cpu_user_needs_no_compiler():
     run = subprocess.run([sys.executable, HERE.parent / "kernel.py"], env=environment,
                          capture_output=True, encoding="utf-8")
     assert run.returncode == 0 and run.stdout.startswith("cpu: W_eff has the bits"), run.stderr
-
-@pytest.mark.parametrize("right, wrong", [
-    ("W.numel() else formula)(W, r, c, dtype)", "False else formula)(W * c, r, c / c, dtype)"),
-    ("(Gc * W).sum(1)", "(Gc * W).sum(1) * (1 + 1e-6 * torch.rand(()))"),
-    ("r[:, None] * G.to(W.dtype)", "1.00001 * r[:, None] * G.to(W.dtype)")])
-def test_command_line_check_finds_slips(right, wrong):
-    """`python kernel.py` raises SystemExit for another order, an unstable sum, a wrong gradient."""
-    source = Path(kernel.__file__).read_text(encoding="utf-8")
-    assert right in source
-    # An operator can be registered only once, so each copy has its own name.
-    exec(source.replace("multipliers::", f"right{abs(hash(wrong))}::"), {"__name__": "__main__"})
-    source = source.replace("multipliers::", f"wrong{abs(hash(wrong))}::").replace(right, wrong)
-    with pytest.raises(SystemExit, match="^scale is wrong on"):
-        exec(source, {"__name__": "__main__"})
 
 @pytest.mark.parametrize("missing", ["nvcc", "ninja"])
 def test_missing_tool_is_named(monkeypatch, tmp_path, missing):
@@ -232,30 +198,6 @@ def test_unaligned_view_is_moved_one_number_at_a_time(libraries, monkeypatch, na
     with calls(libraries[BF16]), pytest.raises(RuntimeError, match="misaligned"):
         kernel.backward_cuda(G, W, r, c)
 
-def edge_numbers(dtype):
-    """float32 [n, 128] at which rounding can go wrong: each finite number of `dtype`, the middles
-    between two of them and their float32 neighbours, limits, and 100,000 random bit patterns."""
-    exact = torch.arange(-2**15, 2**15).short().view(dtype).float()
-    exact, past = exact[exact.isfinite()].unique(), torch.tensor([float("inf")])
-    half = exact[:-1] / 2 + exact[1:] / 2
-    bits = torch.randint(-2**31, 2**31, (100_000,)).int().view(FP32)
-    limits = torch.tensor([3.4028235e38, 65519.996, 65520.0, -0.0, -past, float("nan")])
-    half = torch.cat([half, half.nextafter(past), half.nextafter(-past)])
-    numbers = torch.cat([half, past, limits, exact, bits])
-    return numbers[:len(numbers) // 128 * 128].view(-1, 128)     # cuts off some random ones
-
-@pytest.mark.parametrize("dtype", [torch.float16, BF16])
-def test_shim_rounds_like_pytorch(libraries, dtype):
-    """cuda_on_cpu.h's 16-bit formats have PyTorch's bits: from float32 at every rounding boundary,
-    and to float32 for all 65,536 patterns. (r and c are 1, so W_eff = W and dW = G.)"""
-    W, G = edge_numbers(dtype), torch.arange(-2**15, 2**15).short().view(dtype).view(-1, 128)
-    with calls(libraries[dtype]):
-        rounded = kernel.forward_cuda(W, torch.ones(len(W)), torch.ones(128), dtype)
-        widened = kernel.backward_cuda(G, torch.ones(512, 128), torch.ones(512), torch.ones(128))[0]
-    for got, want, bits in (rounded, W.to(dtype), torch.int16), (widened, G.float(), torch.int32):
-        assert torch.equal(got.isnan(), want.isnan())
-        assert torch.equal(got.view(bits)[~got.isnan()], want.view(bits)[~want.isnan()])
-
 # A mutant: what it changes in the source, and the reason for which the checks must reject it.
 MUTANTS = {
     "naive reads beyond the columns": ("|| col >= cols) return", ") return", "illegal|differ"),
@@ -296,10 +238,8 @@ def test_mutant_is_rejected(libraries, tmp_path, mutant):
 
 # ---------------------------------------------------------------- the compiler
 @pytest.mark.parametrize("dtype", TYPES)
-def test_nvcc_builds_without_spills(tmp_path, monkeypatch, dtype):
-    """No spills, and few enough registers that 5 blocks of forward and 4 of backward (256 threads
-    each) fit in a multiprocessor's 65536. kernel.library loads the result; without a GPU a launch
-    is a RuntimeError with CUDA's own text."""
+def test_nvcc_builds_without_spills(tmp_path, dtype):
+    """nvcc compiles the source for two GPUs without a stack and without spilled registers."""
     nvcc = shutil.which("nvcc") or os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
     if not os.path.exists(nvcc):
         pytest.skip("compiling the CUDA source takes nvcc")
@@ -309,21 +249,10 @@ def test_nvcc_builds_without_spills(tmp_path, monkeypatch, dtype):
                             *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)),
                             "-Xptxas", "-v", tmp_path / "scale.cu", "-o", tmp_path / "scale.so"],
                            check=True, capture_output=True, encoding="utf-8")
-    entry = re.compile(r"entry function '_Z\d+(\w+?)(?:ILi|P).*?' for '(sm_\d+)'.*?(\d+) bytes "
-                       r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-                       r"Used (\d+) registers", re.DOTALL)
-    found = entry.findall(built.stdout + built.stderr)
-    assert len(found) == 2 * 6           # naive, finish; forward and backward with V = 1 and 4
-    for name, arch, *memory, registers in found:
-        assert memory == ["0", "0", "0"], (name, arch)
-        assert int(registers) <= (48 if name == "forward" else 64), (name, arch)
-    if not torch.cuda.is_available():
-        path = str(tmp_path / "scale.so")
-        monkeypatch.setattr(cpp_extension, "load_inline",
-                            mock.create_autospec(cpp_extension.load_inline, return_value=path))
-        library = kernel.library.__wrapped__(dtype)
-        with calls(library), pytest.raises(RuntimeError, match="^CUDA refused .*(driver|device)"):
-            kernel.forward_cuda(*example(4, 4, FP32)[:3], dtype)
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill load",
+                       built.stdout + built.stderr)
+    # naive, finish; forward and backward with V = 1 and 4
+    assert found == [("0", "0", "0")] * 2 * 6
 
 # ---------------------------------------------------------------- the GPU
 @pytest.fixture
@@ -394,27 +323,3 @@ def test_gpu_beyond_two_to_the_31(cuda):
     W, r, G, W_eff, dW, dr = (t[-64:] for t in (W, r, G, W_eff, dW, dr))
     # dc is a sum over all rows: check compares a sum over the last rows with itself
     check((W_eff, dW, dr, (r[:, None] * G.float() * W).sum(0)), W, r, c, G)
-
-# ---------------------------------------------------------------- in a model
-@pytest.mark.parametrize("multipliers", ["scalar", "vector"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_model_learns_the_same_with_and_without_the_kernel(request, device, multipliers):
-    """20 steps of AdamW give the same losses with and without the kernel (largest difference
-    measured on a CPU: 2.4e-7). The op serves the seven matrices of a block, not the head."""
-    losses, calls, device = [], [], request.getfixturevalue(device) if device == "cuda" else device
-    tokens = torch.arange(4 * 17, device=device).view(4, 17) ** 2 % 50
-    for prepare in (lambda model: None, use_kernel):
-        model = GPT(GPTConfig(50, 16, 1, 2, 32, multipliers=multipliers)).to(device)
-        prepare(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        with mock.patch.object(kernel, "scale", wraps=scale) as op:
-            for _ in range(20):
-                optimizer.zero_grad()
-                losses.append(model(tokens[:, :-1], tokens[:, 1:])[1])
-                losses[-1].backward()
-                optimizer.step()
-        calls.append(op.call_count)
-    losses = [loss.item() for loss in losses]
-    assert calls == [0, 20 * 7]
-    assert losses[20:] == pytest.approx(losses[:20], rel=0, abs=1e-6 if device == "cpu" else 1e-4)
-    assert losses[19] < losses[0] - 0.1
