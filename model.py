@@ -29,7 +29,7 @@ class GPTConfig:
     n_layer: int = 4               # blocks
     n_head: int = 4                # attention heads in a block
     n_embd: int = 128              # width of the residual stream
-    multipliers: Literal["none", "scalar", "vector"] = "vector"     # what a matrix carries
+    multipliers: Literal["none", "scalar", "vector"] = "scalar"     # what a matrix carries
     placement: Literal["all", "symmetry_free", "mlp"] = "all"       # which matrices carry it
     final_gain: Literal["vector", "scalar", "frozen"] = "vector"    # RMSNorm gain before the head
     block_gains: Literal["vector", "frozen"] = "vector"             # RMSNorm gains in the blocks
@@ -74,14 +74,15 @@ def rotary_table(block_size: int, dim: int) -> tuple[Tensor, Tensor]:
     angle = torch.outer(torch.arange(block_size), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # exercise 9
     """Turn the pairs (x_i, x_{i + D/2}) of x [B, H, T, D] by the angles of their positions."""
     # The product of a turned query and a turned key depends on their distance alone.
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 class Attention(nn.Module):
-    """x [B, T, C] -> [B, T, C]: weighted means of the values of this and of earlier tokens."""
+    """x [B, T, C] -> [B, T, C]: softmax(q k^T / sqrt(D)) v in each of H heads, where q and k are
+    rotated and the causal mask leaves out later tokens; then the matrix `out`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -92,12 +93,11 @@ class Attention(nn.Module):
         self.v = matrix("v", config.n_embd, config.n_embd, config)
         self.out = matrix("out", config.n_embd, config.n_embd, config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # exercise 10
         B, T, C = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, -1).transpose(1, 2)   # (B, H, T, D)
                    for f in (self.q, self.k, self.v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # softmax(q k^T / sqrt(D)) v, where the causal mask leaves out later tokens
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 

@@ -4,8 +4,8 @@
     python train.py --multipliers none         # the baseline: same batches, same initial weights
     python train.py --optimizer muon           # Muon for the matrices inside the blocks
     python train.py --data my_book.txt         # a text file, a folder of them, or token shards
-    python train.py --resume runs/vector-adamw-s0
-    python train.py --sample runs/vector-adamw-s0 --prompt "def main("
+    python train.py --resume runs/scalar-adamw-s0
+    python train.py --sample runs/scalar-adamw-s0 --prompt "def main("
 
 The paper's recipe is in "which parameter is trained how". Read "text to tokens to batches" last.
 """
@@ -64,7 +64,7 @@ class Config(GPTConfig):
     lr: float = 4e-3                        # peak lr of the matrices and the gains
     weight_decay: float = 0.1               # of all matrices but the embedding
     embedding_lr: float = 0.2               # peak lr of the embedding
-    multiplier_lr: float = 4e-4             # peak lr of the multipliers
+    multiplier_lr: float = 4e-3             # peak lr of the multipliers
     multiplier_weight_decay: float = 2e-3   # only against drift (paper, 4.1)
     norm_scale: float = 1.0                 # S: lr * S and weight decay / S, in the blocks (App. B)
     head_norm_scale: float = 1.0            # S: the same for the head (paper, 3)
@@ -95,8 +95,7 @@ PRESETS = {
     "cpu": {},                              # the defaults above
     # the notebook's model: single bytes, 0.13 million parameters, 10 seconds on a CPU core
     "tiny": dict(vocab_size=257, n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=4,
-                 steps=2000, weight_decay=0.3, multiplier_lr=4e-3, warmup_steps=50,
-                 eval_windows=512),
+                 steps=2000, weight_decay=0.3, warmup_steps=50, eval_windows=512),
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=32, steps=1200),
     # GPT-2's blocks, 85 million parameters, 524,288 tokens in a step: see figures/README.md
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32, accumulate=16,
@@ -104,14 +103,14 @@ PRESETS = {
                  eval_windows=10240, compile=True)}
 
 # ---------------------------------------------------------------- which parameter is trained how
-def parameter_groups(model: GPT, config: Config) -> list[dict]:
-    """Six kinds of parameters. Every parameter is in exactly one group.
+def parameter_groups(model: GPT, config: Config) -> list[dict]:  # exercise 7
+    """One group for each kind: attn, mlp, head, embedding, gain, multiplier. Keys: kind, optimizer,
+    lr, initial_lr (= lr), weight_decay, clip, params. Each parameter is in exactly one group.
     [LRM] Multipliers are vectors and numbers: AdamW trains them, never Muon. Their weight decay of
     0.002 only keeps redundant multipliers from drifting apart (paper, 4.1).
     S, for the paper's norm experiments (section 3, App. B), multiplies an lr and divides the weight
     decay. The equilibrium norm sqrt(lr / 2 wd) becomes S times as large; lr * wd, and so the
-    relative size of an update, stays the same.
-    """
+    relative size of an update, stays the same."""
     lr, wd, S_mlp = config.lr, config.weight_decay, config.norm_scale
     S_attn = 1.0 if config.placement == "mlp" else S_mlp
     def settings(optimizer, lr, weight_decay, clip=True):
@@ -137,7 +136,7 @@ def make_optimizers(groups: list[dict], device: torch.device) -> list[torch.opti
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=device.type != "mps")]
     return optimizers + [Muon(muon)] if muon else optimizers
 
-def clip_gradients(groups: list[dict], max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_gradients(groups: list[dict], max_norm: float) -> tuple[Tensor, Tensor]:  # exercise 8
     """Shrink the gradients of the groups that count to a norm of max_norm, if it is larger. Return
     this norm and that of all groups, both as they were before.
 
