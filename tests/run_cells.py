@@ -1,41 +1,25 @@
-"""Run the code cells of analysis.ipynb in order, without Jupyter: one machine can train, and
-another draw from the runs that it left in runs/notebook/.
+"""Run the code cells of analysis.ipynb in order, without Jupyter.
 
-    LRM_PRESET=gpu python tests/run_cells.py
+    LRM_PRESET=smoke python tests/run_cells.py
 """
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "analysis.ipynb"
 
-
-def code_cells():
-    """(id, source) of every code cell."""
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return [(c["id"], "".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-
-
-def run(chosen=lambda name: True, namespace=None):
-    """Execute the chosen cells in one namespace, which is returned."""
-    namespace = {"__name__": "notebook"} if namespace is None else namespace
-    for name, source in code_cells():
-        if chosen(name):
-            exec(compile(source, f"{NOTEBOOK.name}, cell {name}", "exec"), namespace)
+def run(chosen=lambda name: True):
+    """Execute the code cells whose id is chosen, in one namespace, which is returned."""
+    namespace = {"__name__": "notebook"}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and chosen(cell["id"]):
+            code = compile("".join(cell["source"]), f"{NOTEBOOK.name}, {cell['id']}", "exec")
+            exec(code, namespace)
     return namespace
 
-
-if __name__ == "__main__":                     # a process of the pool imports this file too
+if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "Agg"
     sys.path.insert(0, str(ROOT))
-    try:
-        import IPython.display  # noqa: F401
-    except ImportError:                        # what the cells use of it, on a machine without
-        silent = dict.fromkeys(("display", "update_display", "clear_output"), lambda *a, **k: None)
-        module = sys.modules["IPython.display"] = types.ModuleType("IPython.display")
-        vars(module).update(silent)
-        sys.modules["IPython"] = types.ModuleType("IPython")
     run()
