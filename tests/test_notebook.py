@@ -84,7 +84,7 @@ def test_equilibrium_in_pure_noise(cells, name, tolerance):
     sizes = cells["walk"](name, 0.04, 0.4, 300)[0]
     measured = (sizes[150:] ** 2).mean() ** 0.5
     law = cells["law"]
-    # measured: MEASURED
+    # measured: at most 0.012; without correlations 0.75, with too long ones 1.1
     assert law(0.04, 0.4, U, rho) == pytest.approx(measured, rel=tolerance)
     for mutant in (0 * rho, [0.99 ** k for k in range(1, 150)]):
         assert law(0.04, 0.4, U, torch.as_tensor(mutant).numpy()) != pytest.approx(
@@ -96,7 +96,7 @@ def test_theory_of_the_toy(cells, learned):
     the other kind of multiplier."""
     simulated = cells["toy"](learned, 0, 2500)[1]
     assert cells["OCTAVES"][1] == 1
-    # measured: MEASURED
+    # measured: 0.038 and 0.002; for the mutants 0.31 and 0.39
     assert cells["theory"](learned, 1) == pytest.approx(simulated, rel=0.1)
     assert cells["theory"](not learned, 1) != pytest.approx(simulated, rel=0.2)
 
@@ -134,7 +134,7 @@ def test_a_frozen_multiplier_is_the_norm_experiment(cells, tmp_path, monkeypatch
     jobs = {"frozen": dict(frozen={"blocks": 2.0}),
             "scaled": dict(start={"blocks": 2.0}, norm_scale=2.0), "wrong": dict(norm_scale=2.0)}
     frozen, scaled, wrong = map(cells["loss"], cells["runs"](jobs).values())
-    # measured: MEASURED
+    # measured: 7e-5, and 0.086 for the mutant
     assert frozen == pytest.approx(scaled, abs=2e-4) != pytest.approx(wrong, abs=2e-3)
 
 # ---------------------------------------------------------------- as committed

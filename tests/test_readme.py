@@ -2,6 +2,7 @@
 
     python -m pytest -m readme
 """
+import base64
 import re
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def test_links_to_files():
     """Every other relative link leads to a file or a folder of the repository."""
     targets = re.findall(r"\]\((?!http)([^)#]+)", README)
     assert targets and all((ROOT / target).exists() for target in targets)
+
+def test_figures():
+    """Every picture in figures/ is an output of the committed notebook."""
+    notebook = (ROOT / "analysis.ipynb").read_text(encoding="utf-8").replace("\\n", "")
+    for path in (ROOT / "figures").glob("*.png"):
+        assert base64.b64encode(path.read_bytes()).decode() in notebook, path.name
 
 def test_words():
     """README.md is read in five minutes: at most 1100 words."""
