@@ -175,7 +175,9 @@ def test_greedy_text_is_argmax_step_by_step(talker):
     assert torch.equal(generate(talker, top_k=1), want)
 
 def test_the_generator_decides_the_text(talker):
-    """The same generator draws the same text, another seed draws another text."""
+    """The same generator draws the same text, another seed another one; temperature 0.8, top 50."""
+    defaults = GPT.generate.__wrapped__.__kwdefaults__
+    assert defaults == dict(temperature=0.8, top_k=50, generator=None)
     assert torch.equal(generate(talker, seed=3), generate(talker, seed=3))
     assert not torch.equal(generate(talker, seed=3), generate(talker, seed=4))
 

@@ -113,6 +113,7 @@ def check_groups():
                                          c.weight_decay if decayed else 0)
             assert g["optimizer"] == (c.optimizer if decayed and in_block else "adamw")
         optimizers = train.make_optimizers(groups, CPU)
+        assert optimizers[0].defaults["betas"] == (0.9, 0.95)
         given = [name_of[p] for o in optimizers for g in o.param_groups for p in g["params"]]
         assert sorted(given) == sorted(name_of.values())
         assert [type(o).__name__ for o in optimizers][1:] == ["Muon"] * (c.optimizer == "muon")
@@ -662,6 +663,7 @@ def test_a_preset_gives_way_to_flags():
     GPT-2's blocks of 84,934,656 weights, and 524,288 tokens in a step."""
     parse = lambda *words: train.parse([*words, "--device", "cpu", "--vocab-size", "50304"])
     assert parse() == Config(device="cpu", vocab_size=50304)
+    assert (Config().multipliers, Config().multiplier_lr) == ("scalar", Config().lr)
     assert (c := parse("--preset", "gpu", "--n-layer", "9")).n_layer == 9 and c.n_embd == 384
     for c in [parse("--preset", preset) for preset in train.PRESETS]:
         c.check()
