@@ -1,66 +1,80 @@
 """Write a student's copy of this repository, in which the functions of the exercises have no body.
 
-    python tests/handout.py OUT [--only muon]    # all exercises, or only those of muon.py
+    python tests/handout.py ada                 # all twelve exercises
+    python tests/handout.py ada --only muon     # those of muon.py; the other files are complete
 
-The comment "# exercise 5" marks a function. It ends a line of the function's signature or
-decorator. Name, signature and docstring stay. Of tests/ only the exercises are copied.
+A function of an exercise has the comment "# exercise 5" at the end of a line of its signature or of
+its decorator. Signature and docstring stay. The tests that state solutions are not copied.
 """
 import argparse
 import ast
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# the files with exercises, in reading order
-FILES = ["multipliers.py", "muon.py", "train.py", "model.py", "kernel.py", "analysis.ipynb"]
-# A student gets these files of tests/. The other tests state solutions.
-TESTS = {"tests/conftest.py", "tests/exercises.py"}
-CACHES = {"__pycache__", ".pytest_cache", ".ipynb_checkpoints", ".venv", "venv", "data", "runs"}
+# number: file and function, in reading order
+EXERCISES = {
+    1: ("multipliers.py", "equilibrium_rms"), 2: ("multipliers.py", "Multipliers.forward"),
+    3: ("multipliers.py", "merge"), 4: ("model.py", "placement_of"), 5: ("model.py", "rotate"),
+    6: ("model.py", "Attention.forward"), 7: ("muon.py", "newton_schulz"),
+    8: ("muon.py", "Muon.step"), 9: ("train.py", "parameter_groups"),
+    10: ("train.py", "clip_gradients"), 11: ("kernel.py", "scale_backward"),
+    12: ("analysis.ipynb", "interval")}
+FILES = ["multipliers.py", "model.py", "muon.py", "train.py", "kernel.py", "analysis.ipynb"]
+# What else a student gets
+OTHERS = ["README.md", "LICENSE", "requirements.txt", "pytest.ini", ".gitignore", "figures/*",
+          "tests/conftest.py", "tests/exercises.py", "tests/handout.py", "tests/grade.py",
+          "tests/benchmark.py", "tests/run_cells.py"]
 
-def marked(source):
-    """[(number, name, node, start)] of the marked functions of a Python source. `start` is the line
-    number of the docstring's last line, or of the signature's."""
-    found, lines = [], source.split("\n")
-    for owner in ast.walk(ast.parse(source)):
-        for node in ast.iter_child_nodes(owner):
-            if isinstance(node, ast.FunctionDef):
-                first, body = node.lineno - 1 - len(node.decorator_list), node.body[0]
-                name = f"{owner.name}.{node.name}" if isinstance(owner, ast.ClassDef) else node.name
-                for i in range(first, body.lineno - 1):
-                    if mark := re.search(r"# exercise (\d+)$", lines[i]):
-                        start = i + 1 if ast.get_docstring(node) is None else body.end_lineno
-                        found.append((int(mark[1]), name, node, start))
-    return found
+
+def blank_line(number):
+    """The statement that takes the place of a body."""
+    _, name = EXERCISES[number]
+    return f'raise NotImplementedError("exercise {number}: {name} has no body yet")'
+
 
 def blank(source):
-    """The source in which each marked function raises NotImplementedError."""
+    """The Python source, in which each marked function raises NotImplementedError."""
     lines = source.split("\n")
-    # from the last function to the first, so that the line numbers of the others stay true
-    for number, name, node, start in sorted(marked(source), key=lambda found: -found[3]):
-        sentence = f"exercise {number}: {name} (see its docstring)"
-        lines[start:node.end_lineno] = [
-            " " * node.body[0].col_offset + f'raise NotImplementedError("{sentence}")']
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    # The last function comes first, so that the line numbers of the others stay true.
+    for function in sorted(functions, key=lambda node: -node.lineno):
+        first = function.body[0]
+        head = lines[function.lineno - 1 - len(function.decorator_list):first.lineno - 1]
+        marks = re.findall("# exercise ([0-9]+)\n", "\n".join(head) + "\n")
+        if marks:
+            has_docstring = ast.get_docstring(function) is not None
+            start = first.end_lineno if has_docstring else first.lineno - 1
+            new = " " * first.col_offset + blank_line(int(marks[0]))
+            lines[start:function.end_lineno] = [new]
     return "\n".join(lines)
 
-def blank_notebook(text, edit):
-    """The notebook without outputs; edit(source) replaces the code cells that have a mark."""
+
+def blank_notebook(text):
+    """The notebook with blank functions. No cell has outputs, which show what they compute."""
     notebook = json.loads(text)
-    for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in code:
+        cell.update(outputs=[], execution_count=None)
         source = "".join(cell["source"])
-        source = edit(source) if "# exercise " in source else source
-        cell.update(outputs=[], execution_count=None, source=source.splitlines(keepends=True))
+        # A cell without an exercise need not be plain Python: it may have a %magic.
+        if "# exercise " in source:
+            cell["source"] = blank(source).splitlines(keepends=True)
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
-def repository():
-    """Names of the files to copy: those that git tracks or, without a git, all but caches."""
-    names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")]
-    if (ROOT / ".git").exists():
-        names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
-    return [name for name in names if (ROOT / name).is_file() and not CACHES & {*name.split("/")}
-            and (name in TESTS or not name.startswith("tests/"))]
+
+def copy_to(out):
+    """Copy the files of a student to the folder `out`, with all solutions."""
+    for pattern in FILES + OTHERS:
+        for path in ROOT.glob(pattern):
+            if path.is_file():
+                copied = out / path.relative_to(ROOT)
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copied)
+
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Write a student's copy, with blank exercises.")
@@ -69,15 +83,14 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.out.exists():
         parser.exit(2, f"{options.out} exists: name a new folder.\n")
-    for name in repository():
+    copy_to(options.out)
+    for name in FILES:
         path = options.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, path)
-        if name in FILES:
-            edit = blank if options.only in (None, path.stem) else str
+        if options.only in (None, path.stem):
             text = path.read_text(encoding="utf-8")
-            text = edit(text) if path.suffix == ".py" else blank_notebook(text, edit)
+            text = blank(text) if path.suffix == ".py" else blank_notebook(text)
             path.write_text(text, encoding="utf-8")
+
 
 if __name__ == "__main__":
     main()
