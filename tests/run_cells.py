@@ -10,16 +10,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "analysis.ipynb"
 
-def run(chosen=lambda name: True):
-    """Execute the code cells whose id is chosen, in one namespace, which is returned."""
+
+def run():
+    """Execute the code cells, all in one namespace, which is returned."""
     namespace = {"__name__": "notebook"}
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code" and chosen(cell["id"]):
-            code = compile("".join(cell["source"]), f"{NOTEBOOK.name}, {cell['id']}", "exec")
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            # A traceback shows this name, and so the cell.
+            code = compile(source, f"{NOTEBOOK.name}, {cell['id']}", "exec")
             exec(code, namespace)
     return namespace
 
+
 if __name__ == "__main__":
+    # The figures are drawn, but no window opens.
     os.environ["MPLBACKEND"] = "Agg"
     sys.path.insert(0, str(ROOT))
     run()
