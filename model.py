@@ -72,6 +72,8 @@ def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, boo
     """
     if multipliers not in ("none", "scalar", "vector"):
         raise ValueError(f"multipliers is none, scalar or vector, not {multipliers!r}")
+    if placement not in ("all", "hidden", "symmetry_free", "mlp"):
+        raise ValueError(f"placement is all, hidden, symmetry_free or mlp, not {placement!r}")
     # The head never has any. The gain of the final RMSNorm is its column multiplier already. A row
     # multiplier would let the model fit the frequency of each token directly, before it learns
     # features; the paper found a higher loss with it (section 4.4).
@@ -83,10 +85,8 @@ def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, boo
         vector = () if matrix == "embedding" else ("row", "column")
     elif placement == "symmetry_free":
         vector = SYMMETRY_FREE[matrix]
-    elif placement == "mlp":
-        vector = ("row", "column") if matrix in ("gate", "up", "down") else ()
     else:
-        raise ValueError(f"placement is all, hidden, symmetry_free or mlp, not {placement!r}")
+        vector = ("row", "column") if matrix in ("gate", "up", "down") else ()
     if multipliers == "none":
         chosen = ()
     elif multipliers == "scalar" and vector:

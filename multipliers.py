@@ -135,7 +135,7 @@ class Multipliers(nn.Module):
         def convert(tensor):
             converted = fn(tensor)
             if converted.dtype in (torch.bfloat16, torch.float16):
-                converted = tensor.to(converted.device)
+                converted = tensor.to(converted.device, torch.float32)
             return converted
         return super()._apply(convert, recurse)
 
@@ -145,7 +145,11 @@ class Multipliers(nn.Module):
 
 def attach_multipliers(layer: nn.Module, scalar=False, row=False, column=False) -> None:
     """Give `layer`, an nn.Linear or an nn.Embedding, these multipliers. In an embedding W is
-    [vocabulary, dim], so that `row` has one number for each token. Without any, nothing changes."""
+    [vocabulary, dim], so that `row` has one number for each token. Without any, nothing changes.
+
+    From now on `layer.weight` is computed anew whenever it is read. Code that writes into it, such
+    as nn.init or `layer.reset_parameters()`, changes nothing: write into `raw_weight(layer)`.
+    """
     if scalar or row or column:
         multipliers = Multipliers(layer.weight, scalar, row, column)
         parametrize.register_parametrization(layer, "weight", multipliers)
@@ -161,7 +165,9 @@ def raw_weight(layer: nn.Module) -> nn.Parameter:
 def multipliers_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The multipliers of a layer, e.g. {"row": ..., "column": ...}; {} for a plain layer."""
     if parametrize.is_parametrized(layer, "weight"):
-        return dict(layer.parametrizations.weight[0].named_parameters())
+        parametrization = layer.parametrizations.weight[0]
+        if isinstance(parametrization, Multipliers):
+            return dict(parametrization.named_parameters())
     return {}
 
 
@@ -189,16 +195,17 @@ def merge(model: nn.Module) -> nn.Module:  # exercise 3
 
 
 # ---------------------------------------------------------------- other people's models
-def last_linear(model: nn.Module) -> str:
+def last_linear(model: nn.Module) -> str | None:
     """Name of the linear layer that was defined last. In nearly all models it is the head."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else ""
+    return names[-1] if names else None
 
 
 def check_layer(name: str, layer: nn.Module, model: nn.Module) -> None:
     """ValueError if multipliers on this layer would be ignored, or would act on two layers."""
     own = dict(layer.named_parameters(recurse=False))
-    if "weight" not in own or not own["weight"].is_floating_point():
+    is_plain = "weight" in own and not parametrize.is_parametrized(layer)
+    if not is_plain or not own["weight"].is_floating_point():
         raise ValueError(f"{name} is computed from other tensors (multipliers, weight_norm, "
                          "pruning, quantization ...): choose other layers with `where`")
     for other, p in model.named_parameters(remove_duplicate=False):
@@ -236,5 +243,5 @@ def add_multipliers(model: nn.Module, kind: str = "vector", where=None) -> str:
     matrices = [name for name, p in model.named_parameters() if p.ndim == 2]
     for layer in chosen.values():
         attach_multipliers(layer, kind == "scalar", kind == "vector", kind == "vector")
-    others = [name for name in matrices if name not in chosen]
-    return f"multipliers on {len(chosen)} of {len(matrices)} matrices, not on: {', '.join(others)}"
+    others = ", ".join(name for name in matrices if name not in chosen) or "none"
+    return f"multipliers on {len(chosen)} of {len(matrices)} matrices; left out: {others}"

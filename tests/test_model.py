@@ -235,8 +235,8 @@ def test_mutants_of_the_llama_fail(place, name, mutant, monkeypatch):
     ("vector", "vector", [(16,), (16,), (16,), (16,), (16,)]), ("frozen", "frozen", []),
     ("scalar", "frozen", [()])])
 def test_gains(final, inside, shapes):
-    """A gain is a vector [C], one number [], or no parameter where it is frozen at 1. All parameters
-    of the model get a gradient."""
+    """A gain is a vector [C], one number [], or no parameter where it is frozen at 1. Each
+    parameter of the model gets a gradient."""
     model = tiny(final_gain=final, block_gains=inside)
     assert [p.shape for name, p in model.named_parameters() if name.endswith("gain")] == shapes
     model(TOKENS, TARGETS)[1].backward()

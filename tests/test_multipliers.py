@@ -232,6 +232,15 @@ def test_multipliers_stay_in_float32(dtype, monkeypatch):
                         Multipliers, "_apply", nn.Module._apply, "rounded")
 
 
+def test_products_are_made_in_float32():
+    """s * W with W in bfloat16 is rounded once, at its end. PyTorch alone would round s before."""
+    layer = nn.Linear(50, 50, dtype=torch.bfloat16)
+    attach_multipliers(layer, scalar=True)
+    nn.init.constant_(multipliers_of(layer)["scalar"], 1.006)
+    W = raw_weight(layer).detach().float()
+    assert torch.equal(layer.weight, (1.006 * W).bfloat16())
+
+
 def test_autocast():
     """Under autocast a layer computes in bfloat16, and the gradient reaches the multipliers."""
     layer = linear(VECTOR).float()
@@ -436,7 +445,7 @@ def test_add_multipliers():
     The sentence names the matrices that have none, also those outside of layers."""
     model = Foreign()
     sentence = add_multipliers(model)
-    assert sentence == ("multipliers on 5 of 8 matrices, not on: mixer, "
+    assert sentence == ("multipliers on 5 of 8 matrices; left out: mixer, "
                         "block.self_attn.in_proj_weight, head.weight")
     assert list(multipliers_of(model.table)) == ["row", "column"]
 
@@ -448,12 +457,43 @@ def test_choices_of_add_multipliers():
     assert list(multipliers_of(model.head)) == ["scalar"] and not multipliers_of(model.body)
 
 
+def test_add_multipliers_to_one_layer():
+    """A model may be one layer. All of its matrices can have multipliers: none is left out."""
+    table = nn.Embedding(5, 4)
+    assert add_multipliers(table) == "multipliers on 1 of 1 matrices; left out: none"
+    assert list(multipliers_of(table)) == ["row", "column"]
+
+
+class Doubled(nn.Module):
+    """Somebody else's parametrization."""
+
+    def __init__(self):
+        super().__init__()
+        self.row = nn.Parameter(torch.ones(5))
+
+    def forward(self, W):
+        return 2 * W
+
+
+def test_other_parametrizations_are_left_alone():
+    """The parameters of another parametrization are no multipliers, and merge keeps it."""
+    layer = nn.Linear(5, 5)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    assert multipliers_of(layer) == {}
+    assert parametrize.is_parametrized(merge(layer), "weight")
+
+
 def integers(layer):
     layer.weight = nn.Parameter(torch.ones(4, 4).char(), requires_grad=False)
 
 
+def parametrize_bias(layer):
+    # merge would lose such a bias.
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+
+
 COMPUTED = [
-    nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm, integers,
+    parametrize_bias, nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm, integers,
     partial(prune.l1_unstructured, name="weight", amount=0.5),
     partial(attach_multipliers, row=True)]
 
@@ -461,8 +501,8 @@ COMPUTED = [
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("spoil", COMPUTED)
 def test_a_weight_that_is_computed_is_an_error(spoil):
-    """A ValueError names a layer whose weight is computed from others, by multipliers, too, or has
-    no gradient. Nothing has changed then, also not in the layers before it."""
+    """A weight that is computed from other tensors (also by multipliers) or consists of integers is
+    a ValueError with the name of the layer. No layer has changed then."""
     model = Foreign()
     spoil(model.body)
     before = list(model.state_dict())

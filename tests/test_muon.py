@@ -37,8 +37,8 @@ def distance(a, b):
 # ---------------------------------------------------------------- Newton–Schulz
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
 def test_newton_schulz_changes_only_the_singular_values(shape):
-    """U and V stay. Each singular value s becomes s / ||G||_F, and in each step a s + b s^3 + c s^5.
-    They end in [0.68, 1.14], or with other coefficients near 1."""
+    """U and V stay. Each singular value s becomes s / ||G||_F, and then a s + b s^3 + c s^5 in each
+    step. They end in [0.68, 1.14], or with other coefficients near 1."""
     G = randn(*shape).double()
     U, s, Vh = torch.linalg.svd(G, full_matrices=False)
     s = s / G.norm()
