@@ -144,7 +144,7 @@ def grade(folder, cases, seconds, number):
             report = run_child(number, place, seconds)
             score, output = judge(number, cases, *report)
         except (OSError, ValueError) as error:
-            score = 0
+            score = 0.0
             output = str(error)
     return {"name": f"exercise {number}: {name}", "score": score, "output": output,
             "max_score": sum(POINTS[number].values())}

@@ -185,10 +185,8 @@ return mean, T95[n - 2] * math.sqrt(variance / n)
 WRONG = [
     (1, "mean_of_W2", "(a * beta) ** k", "beta ** k"),
     (1, "mean_of_W2", "1 + 2 * sum", "1 + sum"),
-    (1, "mean_of_W2", "((1 - a) * (1 + a))", "(2 * lr * weight_decay)"),
     (1, "follows_the_law", "((1 - beta) / (1 + beta)) ** 0.5", "1.0"),
     (2, "entries", "(factor.T * self.row).T", "factor * self.row"),
-    (2, "entries", "factor * self.column[None, :]", "factor"),
     (2, "entries", "(factor * W).to(W.dtype)", "factor * W"),
     (2, "gradients", "(factor * W)", "(factor * W.detach())"),
     (3, "original", "copy.deepcopy(model, memo)", "copy.copy(model)"),
@@ -218,19 +216,16 @@ for layer in model.modules():
 return model
 """),
     (4, "each_matrix", 'blocks | {"embedding"', 'blocks | {"head": ("row",), "embedding"'),
-    (4, "each_matrix", '"symmetry_free": SYMMETRY_FREE', '"symmetry_free": everything'),
     (4, "each_matrix", "or not names", ""),
     (4, "unknown", 'raise ValueError("placement")', "return {}"),
     (5, "pairs_turn", "torch.complex(cos, sin)", "torch.complex(cos, -sin)"),
     (5, "pairs_turn", "x[..., :half].float(), x[..., half:]", "x[..., ::2].float(), x[..., 1::2]"),
     (5, "dtype", "dim=-1).to(x.dtype)", "dim=-1)"),
-    (6, "no_token_sees", "scores.exp().tril()", "scores.exp()"),
     (6, "scores_are_rotated", " / D ** 0.5", ""),
     (6, "scores_are_rotated", "rotate(k[:, None, :, place], cos, sin)[:, 0]", "k[:, :, place]"),
     (6, "scores_are_rotated", "self.v(x)", "rotate(self.v(x)[:, None], cos.repeat(1, 2), 0)[:, 0]"),
     (6, "scores_are_rotated", "self.q(x), self.k(x)", "self.k(x), self.q(x)"),
     (6, "equal_scores", "self.out(torch.cat(heads, dim=-1))", "torch.cat(heads, dim=-1)"),
-    (7, "singular_values", "b * I + c * B", "c * I + b * B"),
     (7, "singular_values", "range(steps)", "range(5)"),
     (7, "singular_values", "return X", "return X if G.shape[0] <= G.shape[1] else X.T"),
     (7, "zeros", "(G.norm() if G.norm() > eps else eps)", "G.norm()"),
@@ -252,8 +247,6 @@ return model
     (9, "clip_norm", "config.clip_multipliers", "True"),
     (9, "S_scales", '"weight_decay": decay / S', '"weight_decay": decay'),
     (9, "placement_mlp", ' and config.placement != "mlp"', ""),
-    (10, "count_are_scaled", "if norm > max_norm > 0", "if max_norm > 0"),
-    (10, "count_are_scaled", ' and group["clip"]:', ":"),
     (10, "count_are_scaled", 'squares[bool(group["clip"])]', "squares[True]"),
     (10, "before_clipping", "(norm_of_all)", "(norm)"),
     (10, "without_a_gradient", "p.grad is not None:\n            squares",
@@ -261,7 +254,6 @@ return model
     (10, "without_a_gradient", "if p.grad is not None and",
      "if p.grad is None:\n                break\n            if"),
     (11, "equation_4", "(G * W) @ c", "(G * W).sum(1)"),
-    (11, "equation_4", "(G * W).T @ r", "(G * W).sum(0)"),
     (11, "float32", "", """
 r, c, W = r.to(G.dtype), c.to(G.dtype), W.to(G.dtype)
 dW = r[:, None] * G * c
@@ -269,7 +261,6 @@ dr = (G * c * W).sum(1)
 dc = (r[:, None] * G * W).sum(0)
 return dW.float(), dr.float(), dc.float()
 """),
-    (12, "mean_and_half", "/ (n - 1)", "/ n"),
     (12, "mean_and_half", "T95[n - 2]", "1.96"),
     (12, "mean_and_half", "(variance / n)", "(variance)")]
 
@@ -436,10 +427,11 @@ def test_points(cases):
 
 
 def test_a_forgotten_mask_costs_a_third(student, run, cases):
-    """The causal mask is worth more than a third of its exercise."""
+    """Without the causal mask, attention loses more than a third of its 12 points."""
     hand_in(student, 6, RIGHT[6].replace(".tril()", ""))
-    points, _ = grade.judge(6, cases, *run("exercise6"))
-    assert points < 12 * 2 / 3
+    points, reasons = grade.judge(6, cases, *run("exercise6"))
+    assert points < 8
+    assert "test_no_token_sees_a_later_one" in reasons
 
 
 def test_missing_and_unknown_cases(cases):
@@ -500,8 +492,7 @@ os._exit(0)
     ("def double(x): raise KeyboardInterrupt", 60, 0, "tests were stopped: pytest ended with 2"),
     ("import pytest; pytest.exit('done', returncode=0)", 60, 0, "did not run"),
     (FORGERY, 60, 0, "the process ended before the tests did"),
-    ("while True: pass", 1, 0, "stopped after 1 seconds"),
-    ("def double(x:", 60, 0, "SyntaxError")], ids=str)
+    ("while True: pass", 1, 0, "stopped after 1 seconds")], ids=str)
 def test_grade(student, toy, text, seconds, score, output):
     """Points come from tests that have passed, and from nothing else."""
     student.mkdir()
