@@ -12,7 +12,6 @@ The paper's recipe is in "which parameter is trained how". Read "text to tokens 
 """
 import csv
 import io
-import json
 import math
 import os
 import re
@@ -119,11 +118,10 @@ def kind_of(name):
     """The kind of a parameter: attn, mlp, head, embedding, gain or multiplier."""
     if is_multiplier(name):
         return "multiplier"
-    if name.endswith("gain"):
-        return "gain"
-    # e.g. blocks.0.attn.q.weight, head.weight, embedding.parametrizations.weight.original
-    words = name.split(".")
-    return words[2] if words[0] == "blocks" else words[0]
+    # e.g. blocks.0.attn_norm.gain, blocks.0.attn.q.weight, head.weight
+    for kind in ("gain", "attn", "mlp", "head", "embedding"):
+        if kind in name:
+            return kind
 
 
 def parameter_groups(model, config):  # exercise 9
@@ -140,26 +138,26 @@ def parameter_groups(model, config):  # exercise 9
     """
     own = config.optimizer
     lr, decay = config.lr, config.weight_decay
-    S, S_head = config.norm_scale, config.head_norm_scale
-    S_attn = 1.0 if config.placement == "mlp" else S
+    S_mlp, S_head = config.norm_scale, config.head_norm_scale
+    S_attn = 1.0 if config.placement == "mlp" else S_mlp
     # kind: optimizer, lr, weight decay, S
     settings = {
         "attn": (own, lr, decay, S_attn),
-        "mlp": (own, lr, decay, S),
+        "mlp": (own, lr, decay, S_mlp),
         "head": ("adamw", lr, decay, S_head),
         # Weight decay would only shrink the rows of rare tokens.
         "embedding": ("adamw", config.embedding_lr, 0.0, 1.0),
         "gain": ("adamw", lr, 0.0, 1.0),
         "multiplier": ("adamw", config.multiplier_lr, config.multiplier_weight_decay, 1.0)}
     groups = []
-    for kind, (optimizer, peak_lr, weight_decay, scale) in settings.items():
+    for kind, (optimizer, lr, decay, S) in settings.items():
         params = [p for name, p in model.named_parameters() if kind_of(name) == kind]
+        lr *= S
+        decay /= S
+        clip = kind != "multiplier" or config.clip_multipliers
         if params:
-            group = dict(kind=kind, params=params, optimizer=optimizer, S=scale)
-            group["lr"] = group["initial_lr"] = peak_lr * scale
-            group["weight_decay"] = weight_decay / scale
-            group["clip"] = kind != "multiplier" or config.clip_multipliers
-            groups.append(group)
+            groups.append(dict(kind=kind, params=params, optimizer=optimizer, lr=lr,
+                               initial_lr=lr, weight_decay=decay, clip=clip, S=S))
     # A parameter has one kind, so it is in one group at most. Now each one is in exactly one.
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     return groups
@@ -185,14 +183,11 @@ def clip_gradients(groups, max_norm):  # exercise 10
     """
     counted, gradients = [], []
     for group in groups:
-        trained = [p for p in group["params"] if p.grad is not None]
-        gradients += [p.grad for p in trained]
+        gradients += [p.grad for p in group["params"] if p.grad is not None]
         if group["clip"]:
-            counted += trained
-    norm = torch.nn.utils.get_total_norm([p.grad for p in counted])
+            counted += group["params"]
     norm_of_all = torch.nn.utils.get_total_norm(gradients)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(counted, max_norm, norm)
+    norm = torch.nn.utils.clip_grad_norm_(counted, max_norm or math.inf)
     return norm, norm_of_all
 
 
@@ -220,14 +215,14 @@ def sum_over_processes(number):
 @torch.no_grad()
 def evaluate(run):
     """The loss on the fixed validation windows, in nats per token."""
-    nats, tokens = 0.0, 0
+    total, windows = 0.0, 0
     for x, y in run.corpus.val_batches(run.config.batch_size, run.config.eval_windows):
         with autocast(run.device):
             # model.forward is not compiled: compiling it would take longer than it saves.
             _, loss = run.model.forward(x.to(run.device), y.to(run.device))
-        nats += loss.item() * y.numel()
-        tokens += y.numel()
-    return sum_over_processes(nats) / sum_over_processes(tokens)
+        total += loss.item() * len(x)
+        windows += len(x)
+    return sum_over_processes(total) / sum_over_processes(windows)
 
 
 def rms(x):
@@ -238,16 +233,15 @@ def norm_rows(model, step):
     """A row for each matrix: RMS of W, of W_eff and of its multipliers. A row for each RMSNorm."""
     rows = []
     for name, module in model.named_modules():
-        row = {"step": step, "name": name}
+        tensors = {}
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            row["W"] = rms(raw_weight(module))
-            row["W_eff"] = rms(module.weight)
-            for key, multiplier in multipliers_of(module).items():
-                row[key] = rms(multiplier)
-            rows.append(row)
+            tensors = {"W": raw_weight(module), "W_eff": module.weight}
+            tensors |= multipliers_of(module)
         elif isinstance(module, RMSNorm) and module.gain is not None:
-            row["gain"] = rms(module.gain)
-            rows.append(row)
+            tensors = {"gain": module.gain}
+        if tensors:
+            norms = {key: rms(tensor) for key, tensor in tensors.items()}
+            rows.append({"step": step, "name": name} | norms)
     return rows
 
 
@@ -262,9 +256,9 @@ def pick_device(name):
             # Of several processes on a machine, each takes a GPU of its own.
             device = torch.device("cuda", RANK % torch.cuda.device_count())
         torch.ones(1, device=device).item()
+        return device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name} cannot be used here: {error}") from error
-    return device
 
 
 class Run:
@@ -275,8 +269,9 @@ class Run:
         self.device = pick_device(config.device)
         self.corpus = Corpus(config.data, config.block_size, config.tokenizer)
         # Token shards have GPT-2's tokens, whatever the settings say.
-        self.config = replace(config, tokenizer=self.corpus.tokenizer,
-                              vocab_size=VOCAB_SIZES[self.corpus.tokenizer])
+        tokenizer = self.corpus.tokenizer
+        vocab_size = VOCAB_SIZES[tokenizer]
+        self.config = replace(config, tokenizer=tokenizer, vocab_size=vocab_size)
         self.model = GPT(self.config, config.seed).to(self.device)
         self.groups = parameter_groups(self.model, self.config)
         for group in self.groups:
@@ -299,26 +294,30 @@ class Run:
         self.log = []
         self.norms = norm_rows(self.model, 0)
 
+    def result(self):
+        """What `train` returns. The log and the norms are lists of rows."""
+        return dict(config=asdict(self.config), step=self.step, log=self.log, norms=self.norms)
+
 
 def train_step(run):
     """One step of the optimizers. Returns the beginning of a row of the log, with tensors in it:
     to read their numbers means to wait for the GPU, so that is done only when they are needed."""
     config = run.config
-    factor = schedule(run.step, config.steps, config.warmup_steps, config.decay_fraction)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            # Each group has a peak lr of its own.
-            group["lr"] = group["initial_lr"] * factor
-    X, Y = run.corpus.train_batch(config.batch_size * config.accumulate, run.generator)
+    size = config.batch_size
+    X, Y = run.corpus.train_batch(size * config.accumulate, run.generator)
     mean_loss = 0.0
-    for x, y in zip(X.split(config.batch_size), Y.split(config.batch_size)):
+    for x, y in zip(X.split(size), Y.split(size)):
         with autocast(run.device):
             _, loss = run.parallel(x.to(run.device), y.to(run.device))
             loss = loss * (len(x) / len(X))
         loss.backward()
         mean_loss += loss.detach()
     norm, norm_of_all = clip_gradients(run.groups, config.grad_clip)
+    factor = schedule(run.step, config.steps, config.warmup_steps, config.decay_fraction)
     for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            # Each group has a peak lr of its own.
+            group["lr"] = group["initial_lr"] * factor
         optimizer.step()
         optimizer.zero_grad()
     run.step += 1
@@ -326,55 +325,48 @@ def train_step(run):
             "grad_norm_with_multipliers": norm_of_all}
 
 
-def require_finite(row):
-    """Raises BadInput if a number of this row of the log is not finite. Such a run saves nothing,
-    so that the last good checkpoint stays."""
-    if not all(map(math.isfinite, row.values())):
-        raise BadInput(f"loss or gradient not finite at step {row['step']}: try a smaller lr")
-
-
-def measure(run, row, evaluating):
-    """Complete the row of this step and add it to the log; add the norms, too."""
-    row["loss"] = sum_over_processes(row["loss"]) / WORLD
-    for key in ("grad_norm", "grad_norm_with_multipliers"):
-        row[key] = float(row[key])
-    if evaluating:
-        row["val_loss"] = evaluate(run)
-    require_finite(row)
+def measure(run, row):
+    """Turn the tensors in the row of this step into numbers, and log it and the norms."""
+    for key in ("loss", "grad_norm", "grad_norm_with_multipliers"):
+        # Each process has the loss of its share of the batch. The gradients are the same in all.
+        row[key] = sum_over_processes(row[key]) / WORLD
     run.log.append(row)
     run.norms += norm_rows(run.model, run.step)
 
 
 def train(config, stop=None, quiet=False):
-    """Train; return {"config", "step", "log", "norms"}: the last two are lists of rows. With a
-    folder config.out every evaluation is followed by a checkpoint. Once `stop` is set, the run
-    saves after this step, without evaluating, and ends. Raises BadInput or OSError."""
+    """Train; return Run.result(). In a folder config.out each evaluation leaves a checkpoint. Once
+    `stop` is set, the run saves after this step, and ends. Raises BadInput or OSError."""
     run = Run(config)
     if config.resume:
         restore(run)
     if not quiet:
         introduce(run)
     # disable=None: the bar appears only on a terminal.
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=quiet or None)
-    stopping = False
-    while run.step < config.steps and not stopping:
+    bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, unit="step",
+               disable=quiet or None)
+    for _ in bar:
         row = train_step(run)
-        bar.update()
         # If one process has to stop, all stop.
         stopping = sum_over_processes(stop is not None and stop.is_set()) > 0
         at_interval = run.step % config.eval_interval == 0 and not stopping
         evaluating = at_interval or run.step == config.steps
-        if evaluating or run.step % config.log_interval == 0:
-            measure(run, row, evaluating)
-        if stopping:
-            require_finite(row)
+        logging = evaluating or run.step % config.log_interval == 0
+        if evaluating:
+            row["val_loss"] = evaluate(run)
+        if logging:
+            measure(run, row)
+        # A run with a NaN saves nothing, so that the last good checkpoint stays.
+        if (logging or stopping) and not all(map(math.isfinite, row.values())):
+            raise BadInput(f"loss or gradient not finite at step {run.step}: try a smaller lr")
         if config.out and (evaluating or stopping):
             save(run)
         if evaluating and not quiet:
             bar.clear()
             say(f"step {run.step:>6}: val loss {row['val_loss']:.4f} nats per token")
-    bar.close()
-    return {"config": asdict(run.config), "step": run.step, "log": run.log, "norms": run.norms}
+        if stopping:
+            break
+    return run.result()
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -398,8 +390,7 @@ def write_atomically(path, write):
         # torch.save turns the OSError of a full disk into a RuntimeError.
         raise OSError(f"{path} could not be written: {error.__context__ or error}") from error
     finally:
-        with suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def write_table(path, columns, rows):
@@ -415,10 +406,10 @@ def save(run):
     """checkpoint.pt, log.csv and norms.csv, in the folder of the run."""
     out = Path(run.config.out)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = {"config": asdict(run.config), "windows": run.corpus.counts, "step": run.step}
-    checkpoint |= {"log": run.log, "norms": run.norms, "batches": run.generator.get_state()}
-    checkpoint["model"] = run.model.state_dict()
-    checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
+    states = [optimizer.state_dict() for optimizer in run.optimizers]
+    checkpoint = run.result() | dict(
+        windows=run.corpus.counts, batches=run.generator.get_state(),
+        model=run.model.state_dict(), optimizers=states)
     write_atomically(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
     write_table(out / "log.csv", LOG_COLUMNS, run.log)
     write_table(out / "norms.csv", NORM_COLUMNS, run.norms)
@@ -440,13 +431,12 @@ def load(run):
         saved = torch.load(content, map_location="cpu", weights_only=True)
         model = GPT(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
+        return model, saved
     except MemoryError:
         raise
     except Exception as error:
         # The bytes of a damaged file can cause an error of any class.
-        raise BadInput(f"{file} is damaged, or of another version of this program: "
-                       f"{error}") from error
-    return model, saved
+        raise BadInput(f"{file} is damaged, or of another version: {error}") from error
 
 
 def restore(run):
@@ -479,6 +469,8 @@ def say(text):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+LINE = "-" * 60
+VERDICT = "{}: hidden RMS(W) {:.3f}, law {:.3f}; lr * decay * {} steps = {:.1f}"
 GROUP = "{kind:<11}{tensors:>8}{numbers:>12,}  {optimizer:<9}{lr:>9.2g}{weight_decay:>9.2g}  {clip}"
 
 
@@ -487,21 +479,27 @@ def introduce(run):
     if run.config.resume:
         say(f"going on from {checkpoint_file(run.config.resume)}, after step {run.step}")
     say(f"text: {run.config.data}, tokens: {run.config.tokenizer}")
-    for part, shards in run.corpus.parts.items():
-        say(f"{part}: {sum(map(len, shards)):,} tokens, shards: {len(shards)}")
+    for part, arrays in run.corpus.parts.items():
+        say(f"{part}: {sum(map(len, arrays)):,} tokens, shards: {len(arrays)}")
     say("parameters  tensors     numbers  optimizer       lr    decay  in clip norm")
     for group in run.groups:
-        numbers = sum(parameter.numel() for parameter in group["params"])
-        say(GROUP.format(tensors=len(group["params"]), numbers=numbers, **group))
+        sizes = [parameter.numel() for parameter in group["params"]]
+        say(GROUP.format(tensors=len(sizes), numbers=sum(sizes), **group))
+
+
+def curve(rows, key):
+    """The steps and the numbers of all rows that have this key."""
+    rows = [row for row in rows if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]
 
 
 def norm_curves(result, key):
-    """Steps, and norms [steps, matrices] in the column `key` of norms.csv ("W" or "W_eff"), of the
-    hidden matrices to which norm_scale applies."""
+    """Steps, and "W" or "W_eff" [steps, matrices] of the hidden matrices that have norm_scale."""
     part = ".mlp." if result["config"]["placement"] == "mlp" else "blocks."
-    rows = [row for row in result["norms"] if part in row["name"] and key in row]
-    steps = sorted({row["step"] for row in rows})
-    return steps, np.array([row[key] for row in rows]).reshape(len(steps), -1)
+    rows = [row for row in result["norms"] if part in row["name"]]
+    steps, norms = curve(rows, key)
+    steps = sorted(set(steps))
+    return steps, np.reshape(norms, (len(steps), -1))
 
 
 def law_of(config):
@@ -512,8 +510,7 @@ def law_of(config):
 
 
 def verdict(result):
-    """Have the hidden matrices reached the law? They are compared before the lr falls, since the
-    norms fall with it."""
+    """Are the hidden matrices on the law? Compared before the lr falls: norms fall with it."""
     config = Config(**result["config"])
     steps, W = norm_curves(result, "W")
     plateau = round(config.steps * (1 - config.decay_fraction))
@@ -521,10 +518,9 @@ def verdict(result):
     law = law_of(config)
     # Decay and noise need about 1 / (lr * decay) steps to balance.
     strength = config.lr * config.weight_decay * plateau
-    is_near = 2 / 3 < measured / law < 3 / 2
-    there = "there" if strength > 1 and is_near else "not there yet"
-    return (f"{there}: hidden RMS(W) {measured:.3f}, law {law:.3f}; "
-            f"lr * decay * {plateau} steps = {strength:.1f}")
+    is_there = strength > 1 and 2 / 3 < measured / law < 3 / 2
+    answer = "there" if is_there else "not there yet"
+    return VERDICT.format(answer, measured, law, plateau, strength)
 
 
 def draw(result, file):
@@ -533,8 +529,7 @@ def draw(result, file):
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key in ("loss", "val_loss"):
-        rows = [row for row in result["log"] if key in row]
-        left.plot([row["step"] for row in rows], [row[key] for row in rows], label=key)
+        left.plot(*curve(result["log"], key), label=key)
     left.set(xlabel="step", ylabel="nats per token", title=config.multipliers)
     for key in ("W_eff", "W"):
         steps, norms = norm_curves(result, key)
@@ -542,7 +537,7 @@ def draw(result, file):
         right.fill_between(steps, norms.min(1), norms.max(1), alpha=0.2)
     right.axhline(law_of(config), color="black", ls="--", label="law: S sqrt(lr / 2 decay)")
     right.set(xlabel="step", ylabel="RMS", yscale="log")
-    right.set_title(verdict(result).replace("; ", "\n"))
+    right.set_title(verdict(result), fontsize=10)
     left.legend()
     right.legend()
     figure.savefig(file, dpi=120, format="png")
@@ -554,7 +549,7 @@ def sample(run, config):
     tokenizer = get_tokenizer(saved["config"]["tokenizer"])
     device = pick_device(config.device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(config.prompt)]
+    prompt = encode([config.prompt], tokenizer).tolist()
     start = torch.tensor([prompt], device=device)
     tokens = merge(model).to(device).generate(start, 300, generator=generator)[0, 1:]
     # GPT-2's vocabulary is rounded up: tokens from n_vocab on stand for nothing.
@@ -573,15 +568,16 @@ def show(result, config):
     except BadInput as error:
         # Token shards need no vocabulary, a sample does.
         text = f"(no sample: {error})"
-    bar = "-" * 60
-    say(f"a sample:\n{bar}\n{text}\n{bar}")
+    say(f"a sample:\n{LINE}\n{text}\n{LINE}")
     write_atomically(Path(out, "run.png"), lambda file: draw(result, file))
     say(f"saved in {out}: run.png, checkpoint.pt, log.csv, norms.csv")
     say(verdict(result))
     if config.multipliers != "none":
-        scales = norm_curves(result, "W_eff")[1][-1] / norm_curves(result, "W")[1][-1]
-        say(f"learned RMS(W_eff) / RMS(W): {scales.min():.2f} to {scales.max():.2f}")
-    losses = [row["val_loss"] for row in result["log"] if "val_loss" in row]
+        _, W = norm_curves(result, "W")
+        _, W_eff = norm_curves(result, "W_eff")
+        scales = (W_eff / W)[-1]
+        say(f"learned RMS(W_eff) / RMS(W): {min(scales):.2f} to {max(scales):.2f}")
+    _, losses = curve(result["log"], "val_loss")
     if min(losses) < losses[-1]:
         say(f"the val loss was lower once: {min(losses):.4f}")
     say(f"final: val loss {losses[-1]:.4f} nats per token")
@@ -594,7 +590,8 @@ def show(result, config):
 # GPT-2's 50257 tokens, rounded up to a multiple of 64, suit a GPU.
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50304}
 SHARD_HEADER = 1024
-SHARD_MAGIC = (20240520, 1)
+SHARD_MAGIC = [20240520, 1]
+VAL_WORD = "(?<![a-z])(val|valid|validation|dev|test)(?![a-z])"
 # Names that are left out; in the standard library also tables, tests, and what some Pythons lack
 HIDDEN = r"\..*"
 NOT_STDLIB = HIDDEN + (r"|(site|dist)-packages|tests?|idle_test|encodings|lib2to3|idlelib|"
@@ -614,17 +611,22 @@ def get_tokenizer(name):
                        "downloaded") from error
 
 
-def text_files(root, left_out, ending=""):
-    """The files below the folder root, without those of runs and without names like left_out."""
-    def fail(error):
-        raise error
+def text_files(folder, left_out, ending=""):
+    """The files below a folder, without those of runs and without names like left_out."""
     paths = []
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if not re.fullmatch(left_out, name)]
-        chosen = [name for name in names if not re.fullmatch(left_out, name)]
-        if "checkpoint.pt" not in names:
-            paths += [Path(folder, name) for name in chosen if name.endswith(ending)]
-    return sorted(paths)
+    names = sorted(os.listdir(folder))
+    if "checkpoint.pt" in names:
+        return paths
+    for name in names:
+        path = folder / name
+        if re.fullmatch(left_out, name):
+            continue
+        # A link to a folder could lead round in a circle.
+        if path.is_dir() and not path.is_symlink():
+            paths += text_files(path, left_out, ending)
+        elif name.endswith(ending):
+            paths.append(path)
+    return paths
 
 
 def read_text(path):
@@ -637,16 +639,16 @@ def read_text(path):
             text = file.read(4096)
             if "\0" not in text:
                 text += file.read()
+            return None if "\0" in text else text
     except UnicodeDecodeError:
         return None
-    return None if "\0" in text else text
 
 
 def encode(texts, tokenizer):
     """The tokens of some documents, uint16. A token <|endoftext|> stands before each of them."""
     pieces = []
     for text in texts:
-        pieces.append(np.array([tokenizer.eot_token]))
+        pieces.append([tokenizer.eot_token])
         pieces.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
@@ -656,14 +658,19 @@ def read_documents(data, tokenizer):
     root = Path(data)
     if data == "stdlib":
         root = Path(os.__file__).parent
-        paths = text_files(root, NOT_STDLIB, ending=".py")
+        paths = text_files(root, NOT_STDLIB, ".py")
     else:
         paths = [root] if root.is_file() else text_files(root, HIDDEN)
-    texts = {path.relative_to(root).as_posix(): read_text(path) for path in paths}
-    others = [name for name, text in texts.items() if text is None]
+    texts, others = {}, []
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        text = read_text(path)
+        if text is None:
+            others.append(name)
+        else:
+            texts[name] = text
     if others:
         say(f"left out, not UTF-8 text: {len(others)} files, {', '.join(others[:5])}")
-    texts = {name: text for name, text in texts.items() if text is not None}
     if not any(map(str.strip, texts.values())):
         raise BadInput(f"{data} holds no UTF-8 text (token shards, .bin files, are not looked for "
                        "in its subfolders)")
@@ -676,32 +683,27 @@ def read_documents(data, tokenizer):
             train.append(text[:cut])
             val.append(text[cut:])
         elif zlib.crc32(os.fsencode(name)) % 10 == 0:
-            # Of many, a tenth of the files. A hash of the name decides, so that a new file moves
-            # no other one.
+            # Of many, a tenth of the files. The name decides: a new file moves no other one.
             val.append(text)
         else:
             train.append(text)
     return {"train": [encode(train, tokenizer)], "val": [encode(val, tokenizer)]}
 
 
-def read_shard(path):
-    """The tokens of a shard, memory-mapped: only the parts in use are read from the disk."""
-    header = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if tuple(header[:2]) != SHARD_MAGIC:
-        raise BadInput(f"{path} is not a token shard: llm.c's shards begin with {SHARD_MAGIC} "
-                       "(nanoGPT's .bin files have no such header)")
-    if path.stat().st_size != SHARD_HEADER + 2 * header[2]:
-        raise BadInput(f"{path} is cut short: its header promises {header[2]} tokens")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER)
-
-
 def read_shards(paths):
-    """Shards for validation have one of these words in their names: interval_1.bin has none."""
+    """The tokens of shards, memory-mapped: only the parts in use are read from the disk."""
     parts = {"train": [], "val": []}
     for path in paths:
-        words = re.split("[^a-z]+", path.stem.lower())
-        is_val = not {"val", "valid", "validation", "dev", "test"}.isdisjoint(words)
-        parts["val" if is_val else "train"].append(read_shard(path))
+        header = np.fromfile(path, dtype="<i4", count=3).tolist()
+        if header[:2] != SHARD_MAGIC:
+            raise BadInput(f"{path} is not a token shard: llm.c's begin with {SHARD_MAGIC} "
+                           "(nanoGPT's .bin files have no such header)")
+        if path.stat().st_size != SHARD_HEADER + 2 * header[2]:
+            raise BadInput(f"{path} is cut short: its header promises {header[2]} tokens")
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER)
+        # A word of the name says what a shard is for. interval_1.bin is for training.
+        is_val = re.search(VAL_WORD, path.stem.lower())
+        parts["val" if is_val else "train"].append(tokens)
     return parts
 
 
@@ -743,7 +745,7 @@ class Corpus:
         tokens = torch.from_numpy(rows.astype(np.int64))
         if tokens.max() >= VOCAB_SIZES[self.tokenizer]:
             raise BadInput(f"a shard holds token {tokens.max()}, which is not one of GPT-2's")
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return tokens[:, :-1], tokens[:, 1:]
 
     def train_batch(self, size, generator):
         """`size` windows at random places; of several processes, each takes its share of them."""
@@ -765,28 +767,30 @@ def parse(arguments=None):
     """The settings: flags override the preset, or the settings of the run that is resumed."""
     given = tyro.cli(Config, args=arguments, description=__doc__)
     preset = given.preset
-    if preset == "auto":
-        preset = "gpu" if pick_device(given.device).type == "cuda" else "tiny"
-    known = PRESETS[preset] | {"preset": preset}
+    if given.resume and preset != "auto":
+        raise BadInput("--preset does nothing beside --resume: a run has its settings already")
     if given.resume:
-        if given.preset != "auto":
-            raise BadInput("--preset does nothing beside --resume: a run has its settings already")
         known = load(given.resume)[1]["config"] | {"out": ""}
+    else:
+        if preset == "auto":
+            preset = "gpu" if pick_device(given.device).type == "cuda" else "tiny"
+        known = PRESETS[preset] | {"preset": preset}
     config = tyro.cli(Config, args=arguments, default=Config(**known))
     # The full path, so that --resume finds the text from another folder.
     if config.data != "stdlib":
         config.data = str(Path(config.data).expanduser().resolve())
     config.check()
-    return replace(config, preset=known["preset"])
+    return config
 
 
 def open_folder(config):
     """The folder of the run: --out, the resumed one, or the first free name in runs/."""
-    if config.resume and not config.out:
+    if config.out:
+        folder = Path(config.out).expanduser()
+    elif config.resume:
         return checkpoint_file(config.resume).parent
-    folder = Path(config.out).expanduser()
-    if not config.out:
-        name = f"{config.multipliers}-{config.optimizer}-s{config.seed}"
+    else:
+        name = "{c.multipliers}-{c.optimizer}-s{c.seed}".format(c=config)
         folder = RUNS / name
         number = 1
         while folder.exists():
@@ -805,14 +809,16 @@ def stop_at_signals():
     asked_at = []
 
     def ask_to_stop(number, frame):
-        asked_at.append(time.monotonic())
-        if number == signal.SIGINT and asked_at[-1] > asked_at[0] + 1:
+        now = time.monotonic()
+        if not stop.is_set():
+            asked_at.append(now)
+            stop.set()
+            if RANK == 0:
+                # print() must not be called here: the signal may have interrupted a print().
+                with suppress(OSError):
+                    os.write(2, b"\nsaving after this step; a second Ctrl-C ends now, unsaved\n")
+        elif number == signal.SIGINT and now > asked_at[0] + 1:
             sys.exit(130)
-        if RANK == 0 and not stop.is_set():
-            # print() must not be called here, since the signal may have interrupted a print().
-            with suppress(OSError):
-                os.write(2, b"\nsaving after this step; a second Ctrl-C ends at once, unsaved\n")
-        stop.set()
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"):
         # Windows lacks some of them. `nohup` ignores SIGHUP, and that stays so.
@@ -835,8 +841,7 @@ def train_in_folder(config):
         # One process at a time may write into the folder.
         with filelock.FileLock(lock, timeout=0):
             try:
-                result = train(config, stop)
-                show(result, config)
+                show(train(config, stop), config)
             finally:
                 # Windows does not remove a file that is open.
                 with suppress(OSError):
@@ -847,18 +852,6 @@ def train_in_folder(config):
         # A run that saved nothing leaves no folder.
         with suppress(OSError):
             folder.rmdir()
-
-
-def sentence_for(error):
-    """One sentence about an error that the user can mend; "" for a fault of the program."""
-    text = " ".join(str(error).splitlines()[:2])
-    if isinstance(error, (BadInput, OSError)):
-        return text
-    # PyTorch has no class of its own for a CPU without memory.
-    memory = (MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, memory) or "can't allocate memory" in text:
-        return f"out of memory ({text}); half the --batch-size and twice the --accumulate need less"
-    return ""
 
 
 def main(arguments=None):
@@ -874,9 +867,15 @@ def main(arguments=None):
         else:
             train_in_folder(config)
         return 0
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        sentence = sentence_for(error)
-        if not sentence:
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:
+        sentence = " ".join(str(error).splitlines()[:2])
+        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        # PyTorch has no class of its own for a CPU without memory.
+        if no_memory or "can't allocate memory" in sentence:
+            sentence = (f"out of memory ({sentence}); half the --batch-size and twice the "
+                        "--accumulate need less")
+        elif isinstance(error, RuntimeError):
+            # A fault of the program
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 2

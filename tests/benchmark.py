@@ -111,7 +111,7 @@ def loop_rows(config):
         for _ in range(10):
             row = train.train_step(run)
         # train.py writes a row of the log after every tenth step.
-        train.measure(run, row, evaluating=False)
+        train.measure(run, row)
     return {"bare steps": bare_steps, "train.py": loop}
 
 

@@ -693,7 +693,7 @@ def test_a_closed_folder_is_named(monkeypatch):
     """A folder that may not be read is an error, and not a folder without files."""
     def closed(path):
         raise PermissionError(13, "Permission denied", path)
-    monkeypatch.setattr(os, "scandir", closed)
+    monkeypatch.setattr(os, "listdir", closed)
     with raises(PermissionError, match="closed"):
         train.read_documents("closed", None)
 
