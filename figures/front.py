@@ -71,7 +71,8 @@ def draw(curves, rows):
     for start, curve in zip(STARTS, curves):
         left.semilogy(20 * np.arange(len(curve)), curve, label=f"initial W × {start:.2g}")
     left.axhline(law_rms(0.004, 0.3), color="black", ls="--", label="law: √(η/2λ)")
-    left.set(xlabel="step", ylabel="RMS(W), hidden matrices", title="The optimizer chooses the norm")
+    left.set(xlabel="step", ylabel="RMS(W), hidden matrices")
+    left.set_title("The optimizer chooses the norm")
     left.legend()
 
     for method in METHODS:

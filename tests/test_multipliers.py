@@ -493,7 +493,8 @@ def parametrize_bias(layer):
 
 
 COMPUTED = [
-    parametrize_bias, nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm, integers,
+    nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm,
+    parametrize_bias, integers,
     partial(prune.l1_unstructured, name="weight", amount=0.5),
     partial(attach_multipliers, row=True)]
 

@@ -112,7 +112,7 @@ def train(optimizer, seeds):
 def check_torch():
     found = train(start(Muon), range(1, 11))
     want = train(start(torch.optim.Muon), range(1, 11))
-    # float32 rounds by 6e-8, and five steps of Newton–Schulz enlarge that at most 500 times: 3e-5.
+    # float32 rounds by 6e-8. Five steps of Newton–Schulz enlarge that at most 500 times: 3e-5.
     # bfloat16 rounds by 4e-3.
     assert distance(found, want) < 1e-4, "not torch's step"
 
