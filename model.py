@@ -35,7 +35,7 @@ class GPTConfig:
     n_head: int = 2                # attention heads in a block
     n_embd: int = 64               # width of the residual stream
     # What a matrix carries, and which matrices carry it (see `placement_of`)
-    multipliers: Literal["none", "scalar", "vector"] = "scalar"
+    multipliers: Literal["none", "scalar", "vector", "both"] = "scalar"
     placement: Literal["all", "hidden", "symmetry_free", "mlp"] = "all"
     # The gain of the RMSNorm before the head, and those in the blocks (see `RMSNorm`)
     final_gain: Literal["vector", "scalar", "frozen"] = "vector"
@@ -66,12 +66,12 @@ SYMMETRY_FREE = {
 def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, bool]:  # exercise 4
     """The keyword arguments scalar, row, column for a matrix (a key of SYMMETRY_FREE, or "head").
 
-    multipliers: "none", "scalar" or "vector". placement: "all" matrices but the head (as in the
-    paper), the "hidden" ones (inside the blocks), "symmetry_free" (above), or those of the "mlp"
-    (the paper's Appendix B). ValueError for another word.
+    multipliers: "none", "scalar", "vector" or "both". placement: "all" matrices but the head (as in
+    the paper), the "hidden" ones (inside the blocks), "symmetry_free" (above), or those of the
+    "mlp" (the paper's Appendix B). ValueError for another word.
     """
-    if multipliers not in ("none", "scalar", "vector"):
-        raise ValueError(f"multipliers is none, scalar or vector, not {multipliers!r}")
+    if multipliers not in ("none", "scalar", "vector", "both"):
+        raise ValueError(f"multipliers is none, scalar, vector or both, not {multipliers!r}")
     if placement not in ("all", "hidden", "symmetry_free", "mlp"):
         raise ValueError(f"placement is all, hidden, symmetry_free or mlp, not {placement!r}")
     # The head never has any. The gain of the final RMSNorm is its column multiplier already. A row
@@ -87,13 +87,10 @@ def placement_of(matrix: str, multipliers: str, placement: str) -> dict[str, boo
         vector = SYMMETRY_FREE[matrix]
     else:
         vector = ("row", "column") if matrix in ("gate", "up", "down") else ()
-    if multipliers == "none":
-        chosen = ()
-    elif multipliers == "scalar" and vector:
-        # One scalar stands for the row and column multipliers of a matrix.
-        chosen = ("scalar",)
-    else:
-        chosen = vector
+    # One scalar stands for the row and column multipliers of a matrix, or beside them.
+    scalar = ("scalar",) if vector else ()
+    kinds = {"none": (), "scalar": scalar, "vector": vector, "both": scalar + vector}
+    chosen = kinds[multipliers]
     return {name: name in chosen for name in ("scalar", "row", "column")}
 
 

@@ -13,6 +13,7 @@ of the matrix with which the layer computes. Weight decay hardly touches them:
 
     W_eff = s W                 one number for the matrix: "scalar"                  (eq. 2)
     W_eff = diag(r) W diag(c)   one number for each row and each column: "vector"    (eq. 3)
+    W_eff = s diag(r) W diag(c)                                  "both", our addition
 
 W stays near the size above; s, r and c learn the size of W_eff. After training, `merge` writes
 W_eff into an ordinary layer, so inference costs nothing extra.
@@ -88,7 +89,7 @@ def relaxation_steps(lr: float, weight_decay: float) -> float:
 
 # ---------------------------------------------------------------- the layer
 class Multipliers(nn.Module):
-    """W [out, in] -> W_eff [out, in] = s W or diag(r) W diag(c), with learned s, r, c.
+    """W [out, in] -> W_eff [out, in] = s diag(r) W diag(c), with those of s, r, c that are learned.
 
     This is a parametrization (torch.nn.utils.parametrize): once it is attached to an nn.Linear or
     an nn.Embedding, PyTorch computes `layer.weight` by this `forward` whenever anybody reads it.
@@ -100,10 +101,8 @@ class Multipliers(nn.Module):
     """
 
     def __init__(self, W: Tensor, scalar: bool = False, row: bool = False, column: bool = False):
-        """W gives the shape and the device. ValueError for a scalar beside a row or a column."""
+        """W gives the shape and the device."""
         super().__init__()
-        if scalar and (row or column):
-            raise ValueError("choose a scalar (eq. 2) or row/column multipliers (eq. 3), not both")
         rows, columns = W.shape
         # They are float32 even if W is bfloat16: there 1 + 0.0004 is rounded to 1.
         options = dict(device=W.device, dtype=torch.float32)
@@ -118,7 +117,7 @@ class Multipliers(nn.Module):
             nn.init.ones_(multiplier)
 
     def forward(self, W: Tensor) -> Tensor:  # exercise 2
-        """W_eff [out, in], in the dtype of W (eq. 2 and 3)."""
+        """W_eff [out, in], in the dtype of W (eq. 2, 3, or both)."""
         # The products are made in float32 at least. Beside a W in bfloat16 PyTorch would round s.
         W_eff = W.to(torch.promote_types(W.dtype, torch.float32))
         if self.scalar is not None:
@@ -219,7 +218,7 @@ def add_multipliers(model: nn.Module, kind: str = "vector", where=None) -> str:
     function that the model computes stays the same. Returns a sentence that says which matrices
     have multipliers now, and which have none.
 
-    kind: "vector" or "scalar". where(name) says whether a layer gets multipliers. By default all
+    kind: "vector", "scalar" or "both". where(name) says whether a layer gets multipliers. By default all
     get them except the head: a row multiplier would let the head fit the frequency of each token
     before the model learns features (paper, section 4.4). There is no sure sign of a head. We take
     the linear layer that was defined last, and name it in the sentence, so that you can correct it.
@@ -227,8 +226,8 @@ def add_multipliers(model: nn.Module, kind: str = "vector", where=None) -> str:
     Call this before DistributedDataParallel and before the optimizer, and after the weights of a
     plain model were loaded. ValueError if a chosen layer cannot have multipliers.
     """
-    if kind not in ("vector", "scalar"):
-        raise ValueError(f"kind is 'vector' or 'scalar', not {kind!r}")
+    if kind not in ("vector", "scalar", "both"):
+        raise ValueError(f"kind is 'vector', 'scalar' or 'both', not {kind!r}")
     if isinstance(model, DistributedDataParallel):
         raise ValueError("add multipliers first, then wrap the model by DistributedDataParallel")
     head = last_linear(model)
@@ -242,6 +241,6 @@ def add_multipliers(model: nn.Module, kind: str = "vector", where=None) -> str:
     # All layers are checked before the first one changes.
     matrices = [name for name, p in model.named_parameters() if p.ndim == 2]
     for layer in chosen.values():
-        attach_multipliers(layer, kind == "scalar", kind == "vector", kind == "vector")
+        attach_multipliers(layer, kind != "vector", kind != "scalar", kind != "scalar")
     others = ", ".join(name for name in matrices if name not in chosen) or "none"
     return f"multipliers on {len(chosen)} of {len(matrices)} matrices; left out: {others}"

@@ -158,6 +158,14 @@ def parameter_groups(model, config):  # exercise 9
         if params:
             groups.append(dict(kind=kind, params=params, optimizer=optimizer, lr=lr,
                                initial_lr=lr, weight_decay=decay, clip=clip, S=S))
+    if config.multipliers == "both":
+        # Noise leads a vector more than a scalar. Beside one it gets a quarter of its lr.
+        group = groups.pop()
+        scalars = [p for p in group["params"] if p.ndim == 0]
+        vectors = [p for p in group["params"] if p.ndim == 1]
+        slow = group["lr"] / 4
+        groups.append(group | dict(params=scalars))
+        groups.append(group | dict(params=vectors, lr=slow, initial_lr=slow))
     # A parameter has one kind, so it is in one group at most. Now each one is in exactly one.
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     return groups

@@ -188,10 +188,11 @@ PLACES = {
 @pytest.mark.exercise4
 @pytest.mark.parametrize("placement", PLACES)
 def test_each_matrix_gets_the_multipliers_of_the_paper(placement):
-    """The table above holds for vectors. One scalar stands for any of them."""
+    """The table above holds for vectors. One scalar stands for any of them, or beside them."""
     from model import placement_of
     for matrix, letters in PLACES[placement].items():
-        wanted = {"none": "", "scalar": "s" if letters else "", "vector": letters}
+        scalar = "s" if letters else ""
+        wanted = {"none": "", "scalar": scalar, "vector": letters, "both": scalar + letters}
         for kind, want in wanted.items():
             given = placement_of(matrix, kind, placement)
             got = "".join(name[0] for name in ("scalar", "row", "column") if given.get(name))

@@ -64,7 +64,7 @@ for layer in model.modules():
 return copy.deepcopy(model, memo)
 """,
     4: """
-if multipliers not in {"none", "scalar", "vector"}:
+if multipliers not in {"none", "scalar", "vector", "both"}:
     raise ValueError("multipliers")
 mlp = {name: ("row", "column") for name in ("gate", "up", "down")}
 blocks = {name: ("row", "column") for name in ("q", "k", "v", "out")} | mlp
@@ -77,6 +77,8 @@ if multipliers == "none" or not names:
     return {}
 if multipliers == "scalar":
     return {"scalar": True}
+if multipliers == "both":
+    names = ("scalar", *names)
 return dict.fromkeys(names, True)
 """,
     5: """

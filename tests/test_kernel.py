@@ -163,6 +163,13 @@ def test_use_kernel_gives_the_same_bits(chosen, autocast):
     check_use_kernel(chosen, autocast)
 
 
+def test_use_kernel_with_both_kinds():
+    """(s r) W c and r (s W) c are rounded in another order."""
+    plain, fused = pair({"scalar": True, "row": True, "column": True})
+    x = torch.rand(3, 7)
+    close(fused(x), plain(x))
+
+
 def test_mutants_of_fused_forward_are_rejected(monkeypatch):
     """The check above fails if autocast or the scalar is forgotten."""
     right = kernel.fused_forward

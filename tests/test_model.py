@@ -26,7 +26,7 @@ pytestmark = pytest.mark.model
 
 TOKENS = torch.arange(16).view(2, 8)
 TARGETS = TOKENS.roll(-1, 1)
-KINDS = ["none", "scalar", "vector"]
+KINDS = ["none", "scalar", "vector", "both"]
 # All logits here are below 10. float64 rounds by 1.1e-16, and a logit is the result of less than
 # 10,000 operations: the error is below 10 * 10,000 * 1.1e-16 = 1e-11.
 ROUNDING = 1e-11
@@ -82,6 +82,7 @@ PLACEMENTS = {
 }
 VECTOR = {"-": [], "r": ["row"], "rc": ["row", "column"]}
 SCALAR = {"-": [], "r": ["scalar"], "rc": ["scalar"]}
+BOTH = {"-": [], "r": ["scalar", "row"], "rc": ["scalar", "row", "column"]}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -90,15 +91,17 @@ def test_placements(placement):
     stands for the row and column multipliers of a matrix."""
     vector = tiny(multipliers="vector", placement=placement)
     scalar = tiny(multipliers="scalar", placement=placement)
+    both = tiny(multipliers="both", placement=placement)
     for name, letters in zip(MATRICES, PLACEMENTS[placement].split()):
         assert list(multipliers_of(vector.get_submodule(name))) == VECTOR[letters], name
         assert list(multipliers_of(scalar.get_submodule(name))) == SCALAR[letters], name
+        assert list(multipliers_of(both.get_submodule(name))) == BOTH[letters], name
 
 
 def test_unknown_words_are_errors():
     """Words that placement_of does not know are ValueErrors."""
-    with pytest.raises(ValueError, match="none, scalar or vector, not 'both'"):
-        placement_of("q", "both", "all")
+    with pytest.raises(ValueError, match="none, scalar, vector or both, not 'row'"):
+        placement_of("q", "row", "all")
     with pytest.raises(ValueError, match="all, hidden, symmetry_free or mlp, not 'some'"):
         placement_of("q", "none", "some")
 

@@ -118,8 +118,8 @@ def test_relaxation_time(name):
 
 
 # ---------------------------------------------------------------- the layer
-CHOICES = [{}, {"scalar": True}, {"row": True}, {"column": True}, {"row": True, "column": True}]
 VECTOR = {"row": True, "column": True}
+CHOICES = [{}, {"scalar": True}, {"row": True}, {"column": True}, VECTOR, VECTOR | {"scalar": True}]
 
 
 def randomise(module):
@@ -168,7 +168,7 @@ def check_equations(chosen):
 
 @pytest.mark.parametrize("chosen", CHOICES, ids=str)
 def test_layer_is_equations_2_to_4(chosen):
-    """layer.weight is s W or diag(r) W diag(c), and autograd gives the sums of eq. 4."""
+    """layer.weight is s diag(r) W diag(c), or a part of it, and autograd gives the sums of eq. 4."""
     check_equations(chosen)
 
 
@@ -205,12 +205,6 @@ def test_new_multipliers(Layer):
     assert names == ["parametrizations.weight.0.row", "parametrizations.weight.0.column"]
     # A layer may be called "row".
     assert not is_multiplier("blocks.0.row.weight") and not is_multiplier("blocks.0.row")
-
-
-def test_scalar_beside_vector_is_an_error():
-    """The paper does not combine eq. 2 and eq. 3: both on one layer are a ValueError."""
-    with pytest.raises(ValueError, match="not both"):
-        attach_multipliers(nn.Linear(4, 7), scalar=True, column=True)
 
 
 def check_dtype(dtype):
@@ -518,8 +512,8 @@ def test_other_errors_of_add_multipliers():
     model.head.weight = model.table.weight
     with pytest.raises(ValueError, match="^table.weight is tied to head.weight: untie.*where"):
         add_multipliers(model)
-    with pytest.raises(ValueError, match="kind is 'vector' or 'scalar', not 'both'"):
-        add_multipliers(model, "both")
+    with pytest.raises(ValueError, match="kind is 'vector', 'scalar' or 'both', not 'row'"):
+        add_multipliers(model, "row")
     # Its constructor would want other processes.
     with pytest.raises(ValueError, match="add multipliers first"):
         add_multipliers(DistributedDataParallel.__new__(DistributedDataParallel))

@@ -203,6 +203,17 @@ def test_every_kind_of_parameter_is_trained_in_its_own_way(changes, trained):
     assert made.optimizers[0].defaults["betas"] == (0.9, 0.95)
 
 
+def test_vectors_beside_scalars_are_slower():
+    """With "both", the rows and columns have a quarter of the lr of the scalars, also later on."""
+    both = config(multipliers="both", multiplier_lr=0.02)
+    groups = train.parameter_groups(GPT(both), both)
+    multipliers = [group for group in groups if group["kind"] == "multiplier"]
+    assert [group["lr"] for group in multipliers] == [0.02, 0.005]
+    assert [group["initial_lr"] for group in multipliers] == [0.02, 0.005]
+    for group, ndim in zip(multipliers, (0, 1)):
+        assert {p.ndim for p in group["params"]} == {ndim}
+
+
 @pytest.mark.parametrize("limit, after", [(10.0, [3, 4]), (1.0, [0.6, 0.8]), (0.0, [3, 4])])
 def test_clipping_counts_and_scales_all_but_the_multipliers(limit, after, monkeypatch):
     """Gradients 3 and 4 have the norm 5, with a multiplier's 12 it is 13. Norm 5 is scaled to 1,
@@ -299,9 +310,9 @@ def test_the_seed_decides_everything():
 
 
 def test_multipliers_change_neither_the_start_nor_the_batches():
-    """none, scalar and vector start as the same function and see the same batches."""
+    """All kinds start as the same function and see the same batches."""
     found = set()
-    for kind in ("none", "scalar", "vector"):
+    for kind in ("none", "scalar", "vector", "both"):
         run(out=kind, multipliers=kind, log_interval=1)
         first = load(kind)[1]["log"][0]
         found.add((first["loss"], contents(kind)["batches"]))
