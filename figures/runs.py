@@ -363,7 +363,7 @@ def text(value):
     """A cell of runs.csv."""
     if isinstance(value, list):
         return " ".join(f"{number:.4g}" for number in value)
-    return f"{value:.6g}" if isinstance(value, float) else value
+    return f"{value:.9g}" if isinstance(value, float) else value
 
 
 def write_table(rows):

@@ -33,6 +33,15 @@ def test_the_table_is_complete():
     assert {row["name"] for row in rows} == {job["name"] for job in jobs}
 
 
+def test_the_table_survives_reading_and_writing(tmp_path, monkeypatch):
+    """Rows that are read and written again stay the same, to the last digit."""
+    before = runs.TABLE.read_text(encoding="utf-8")
+    rows = runs.read_table()
+    monkeypatch.setattr(runs, "TABLE", tmp_path / "runs.csv")
+    runs.write_table(rows)
+    assert runs.TABLE.read_text(encoding="utf-8") == before
+
+
 def check_a_row(name):
     """Train again. The scales are compared to one part in a hundred: they are rounded to 4 digits."""
     job, = (job for job in runs.all_jobs() if job["name"] == name)
@@ -47,7 +56,6 @@ def check_a_row(name):
 # its limit they do: up to 0.008 after 500 steps.) Another seed moves the loss by 0.02.
 TOLERANCE = 0.001
 CALM = "norm_scale 0.125, steps 1000, weight_decay 0.6, seed 740"
-RETRAINED = (f"none, {CALM}", f"both, {CALM}")
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +66,17 @@ def same_text():
         pytest.skip("the standard library is not the one that runs.csv was trained on")
 
 
-@pytest.mark.parametrize("name", RETRAINED)
-def test_a_row_trained_again(name, same_text):
-    """The code still gives the losses of runs.csv."""
-    check_a_row(name)
+def test_a_row_trained_again(same_text):
+    """The code still gives the numbers of runs.csv."""
+    check_a_row(f"both, {CALM}")
 
 
 def test_a_change_of_the_optimizer_is_seen(same_text, monkeypatch):
-    """With another beta2 the loss of the table does not come out."""
+    """The same for another row. With another beta2 its loss does not come out."""
     def mutant(groups):
         return [torch.optim.AdamW(groups, betas=(0.9, 0.999))]
-    assert_mutant_fails(
-        lambda: check_a_row(RETRAINED[0]), monkeypatch, train, "make_optimizers", mutant, "another loss")
+    assert_mutant_fails(lambda: check_a_row(f"none, {CALM}"), monkeypatch, train,
+                        "make_optimizers", mutant, "another loss")
 
 
 # ---------------------------------------------------------------- methods
