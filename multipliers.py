@@ -6,7 +6,7 @@ After some time the two effects balance. From then on the size of W stays the sa
     RMS(W) = sqrt(lr / (2 * weight_decay))               (paper, eq. 1; the 2 is Kosson's)
 
 RMS(W) is the root of the mean of W_ij^2: 0.14 for lr = 0.004 and weight_decay = 0.1. The settings
-of the optimizer choose this number. The data have no say in it.
+of the optimizer choose this number. As long as noise leads W, the data have no say in it.
 
 The cure. Multipliers do not free the norm of W. They are learned numbers that take over the size
 of the matrix with which the layer computes. Weight decay hardly touches them:

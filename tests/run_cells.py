@@ -24,6 +24,17 @@ def run():
     return namespace
 
 
+def printed():
+    """All text that the cells have printed, as the committed notebook shows it."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    texts = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stdout":
+                texts += output["text"]
+    return "".join(texts)
+
+
 if __name__ == "__main__":
     # The figures are drawn, but no window opens.
     os.environ["MPLBACKEND"] = "Agg"

@@ -2,15 +2,14 @@
 
     python -m pytest -m readme
 """
-import csv
 import importlib
 import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+import run_cells
 import train
 
 pytestmark = pytest.mark.readme
@@ -49,16 +48,30 @@ def test_commands_of_train(text):
         train.parse(shlex.split(command) + ["--device", "cpu"])
 
 
-def test_the_numbers_of_the_picture():
-    """The table of the front picture in figures/README.md has the means of front.csv."""
-    with open(ROOT / "figures/front.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 30
-    for method in ("none", "scalar"):
-        for S in {row["S"] for row in rows}:
-            chosen = [row for row in rows if row["multipliers"] == method and row["S"] == S]
-            mean = np.mean([float(row["val_loss"]) for row in chosen])
-            assert f"{mean:.3f}" in FIGURES, f"{method}, S = {S}"
+def intervals(text):
+    """All "mean ± half" in a text."""
+    found = re.findall(r"([-−+]?\d+\.\d+) ± (\d+\.\d+)", text)
+    return [(float(mean.replace("−", "-")), float(half)) for mean, half in found]
+
+
+def is_rounded(a, b):
+    """Are all numbers of two pairs the same, if the third decimal is rounded?"""
+    return max(abs(x - y) for x, y in zip(a, b)) < 0.00051
+
+
+def check_intervals(text, known):
+    for pair in intervals(text):
+        assert any(is_rounded(pair, other) for other in known), f"{pair} was not measured"
+
+
+def test_intervals_are_those_of_the_notebook():
+    """Each "a ± b" of the pages comes from the committed outputs of the notebook, or from a table
+    of single runs in figures/README.md."""
+    printed = intervals(run_cells.printed())
+    notebook, tables = FIGURES.split("## The default run")
+    assert len(intervals(notebook)) > 10
+    check_intervals(notebook, printed)
+    check_intervals(README, printed + intervals(tables))
 
 
 def test_words():
