@@ -23,6 +23,8 @@ The gradients follow from the chain rule, with G = dL/dW_eff (eq. 4):
     dL/dW_ij = r_i c_j G_ij         dL/dr_i = sum over j of W_ij c_j G_ij
     dL/ds = sum of all W_ij G_ij    dL/dc_j = sum over i of r_i W_ij G_ij
 
+("Both": W and the vectors get a factor s more, and the sum of s has r_i W_ij c_j for W_ij.)
+
 A multiplier's gradient sums over many entries, in which noise averages out. If G has a component
 along W, the signal-to-noise ratio is sqrt(in) times that of one entry for r_i, sqrt(out) times for
 c_j, and sqrt(in * out) times for s.
@@ -218,10 +220,11 @@ def add_multipliers(model: nn.Module, kind: str = "vector", where=None) -> str:
     function that the model computes stays the same. Returns a sentence that says which matrices
     have multipliers now, and which have none.
 
-    kind: "vector", "scalar" or "both". where(name) says whether a layer gets multipliers. By default all
-    get them except the head: a row multiplier would let the head fit the frequency of each token
-    before the model learns features (paper, section 4.4). There is no sure sign of a head. We take
-    the linear layer that was defined last, and name it in the sentence, so that you can correct it.
+    kind: "vector", "scalar" or "both" (then give the vectors a quarter of the scalars' lr).
+    where(name) says whether a layer gets multipliers. By default all get them except the head: a
+    row multiplier would let the head fit the frequency of each token before the model learns
+    features (paper, section 4.4). There is no sure sign of a head. We take the linear layer that
+    was defined last, and name it in the sentence, so that you can correct it.
 
     Call this before DistributedDataParallel and before the optimizer, and after the weights of a
     plain model were loaded. ValueError if a chosen layer cannot have multipliers.

@@ -68,7 +68,7 @@ class Config(GPTConfig):
     lr: float = 4e-3                        # peak lr of the matrices and the gains
     weight_decay: float = 0.3               # of all matrices but the embedding
     embedding_lr: float = 0.06              # peak lr of the embedding
-    multiplier_lr: float = 4e-3             # peak lr of the multipliers
+    multiplier_lr: float = 4e-3             # peak lr of the multipliers; "both": vectors a quarter
     multiplier_weight_decay: float = 2e-3   # only against drift (paper, 4.1)
     norm_scale: float = 1.0                 # S for the blocks' matrices: see parameter_groups
     head_norm_scale: float = 1.0            # S for the head (paper, 3)

@@ -35,7 +35,7 @@ METHODS = {
     "scalar": dict(multipliers="scalar"),
     "vector": dict(multipliers="vector"),
     "both": dict(multipliers="both"),
-    # The default of train.py: on the embedding, too, and with the lr of the matrices
+    # Also on the embedding. Scalars with the lr of the matrices are the default of train.py.
     "scalar everywhere": dict(multipliers="scalar", placement="all", multiplier_lr=0.004),
     "vector everywhere": dict(multipliers="vector", placement="all"),
     "vector, clipped": dict(multipliers="vector", clip_multipliers=True),

@@ -168,7 +168,7 @@ def check_equations(chosen):
 
 @pytest.mark.parametrize("chosen", CHOICES, ids=str)
 def test_layer_is_equations_2_to_4(chosen):
-    """layer.weight is s diag(r) W diag(c), or a part of it, and autograd gives the sums of eq. 4."""
+    """layer.weight is s diag(r) W diag(c), or a part of it. Autograd gives the sums of eq. 4."""
     check_equations(chosen)
 
 
@@ -445,10 +445,13 @@ def test_add_multipliers():
 
 
 def test_choices_of_add_multipliers():
-    """`where` picks the layers, the head included. The kind "scalar" gives one number each."""
+    """`where` picks the layers, the head included. The kind "scalar" gives one number each, "both"
+    adds the vectors."""
     model = Foreign()
     add_multipliers(model, "scalar", where=lambda name: name == "head")
     assert list(multipliers_of(model.head)) == ["scalar"] and not multipliers_of(model.body)
+    add_multipliers(model, "both", where=lambda name: name == "body")
+    assert list(multipliers_of(model.body)) == ["scalar", "row", "column"]
 
 
 def test_add_multipliers_to_one_layer():

@@ -43,7 +43,7 @@ def test_the_table_survives_reading_and_writing(tmp_path, monkeypatch):
 
 
 def check_a_row(name):
-    """Train again. The scales are compared to one part in a hundred: they are rounded to 4 digits."""
+    """Train again. Scales are compared to one part in a hundred: they are rounded to 4 digits."""
     job, = (job for job in runs.all_jobs() if job["name"] == name)
     row, = (row for row in runs.read_table() if row["name"] == name)
     found = runs.train_job(job | dict(device="cpu"))
@@ -51,9 +51,9 @@ def check_a_row(name):
     assert found["scale"] == pytest.approx(row["scale"], rel=0.01), "other multipliers"
 
 
-# Where S = 1/8 training is calm: with PyTorch's code for three kinds of CPUs (AVX-512, AVX2, none of
-# them) these losses are at most 5e-6 apart, since rounding errors do not grow. (Where the lr is at
-# its limit they do: up to 0.008 after 500 steps.) Another seed moves the loss by 0.02.
+# Where S = 1/8 training is calm: with PyTorch's code for CPUs with AVX-512, with AVX2, and without,
+# these losses are at most 5e-6 apart, since rounding errors do not grow. (Where the lr is at its
+# limit they do: up to 0.008 after 500 steps.) Another seed moves the loss by 0.02.
 TOLERANCE = 0.001
 CALM = "norm_scale 0.125, steps 1000, weight_decay 0.6, seed 740"
 
